@@ -1,0 +1,47 @@
+"""What every system in this folder offers: three faces of one layer that must agree."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from dsf.scanning import scan
+from dsf.wrappers import System
+
+
+class SequenceMixer(nn.Module):
+    """A sequence-mixing layer (batch, time, width) -> (batch, time, width).
+
+    `forward(x)` is the layer as published, `recurrence(x)` the exact system it applies to its
+    values, `step` one token in constant memory (causal layers). The contract, tested for every
+    system: forward(x) = readout(scan(*recurrence(x)), x) = repeated step = readout(map @ values).
+    """
+
+    system: ClassVar[str] = ""
+    equations: ClassVar[dict[str, str]] = {}
+    """A, B, C, D as text: the row of this system in the table of systems."""
+    source: ClassVar[str] = ""
+    """Authors, year, equation."""
+    is_causal: bool = True
+
+    @classmethod
+    def small(cls, width: int) -> Self:
+        """A layer of this width with the defaults of the system, for comparisons and tests."""
+        return cls(width)
+
+    def recurrence(self, x: Tensor) -> tuple[System, Tensor]:
+        """The system for this input, and the values u it is driven by."""
+        raise NotImplementedError
+
+    def readout(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output from the scan's: gates, norms, output projection."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, (batch, time, width)."""
+        return self.readout(scan(*self.recurrence(x)), x)
+
+    def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """One token x_t (batch, width) and the state so far (None at the start)."""
+        raise NotImplementedError

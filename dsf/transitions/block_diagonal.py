@@ -1,0 +1,62 @@
+"""A_t = blkdiag(A_t^1, ..., A_t^m): rotations, interconnections, ZeroS's three means."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from dsf.transitions._base import Transition, mm, register, static
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class BlockDiagonal(Transition):
+    """n_block equal-sized blocks, (batch, time, head, block or 1, size, size).
+
+    A block axis of size 1 is one block shared by all: A = I_m (x) block.
+    """
+
+    structure: ClassVar[str] = "block_diagonal"
+    blocks: Tensor
+    n_block: int = static()
+
+    @property
+    def n_state(self) -> int:  # type: ignore[override]
+        """Number of states: n_block times the block size."""
+        return self.n_block * self.blocks.shape[-1]
+
+    def apply(self, state: Tensor) -> Tensor:
+        """Each block on its own states."""
+        return self._apply(self.blocks, state)
+
+    def apply_transposed(self, state: Tensor) -> Tensor:
+        """Each transposed block on its own states."""
+        return self._apply(self.blocks.mT, state)
+
+    def _apply(self, blocks: Tensor, state: Tensor) -> Tensor:
+        split = state.unflatten(-2, (self.n_block, self.blocks.shape[-1]))
+        return mm(blocks, split).flatten(-3, -2)
+
+    def compose(self, earlier: Self) -> Transition:
+        """Block by block; unequal block sizes meet at dense."""
+        if self.blocks.shape[-1] != earlier.blocks.shape[-1]:
+            return self.widen().compose(earlier.widen())
+        return BlockDiagonal(mm(self.blocks, earlier.blocks), self.n_block)
+
+    def widen(self) -> Transition:
+        """Dense."""
+        from dsf.transitions.dense import Dense
+
+        return Dense(self.as_dense())
+
+    def as_dense(self) -> Tensor:
+        """(batch, time, head, state, state)."""
+        size, lead = self.blocks.shape[-1], self.blocks.shape[:-3]
+        full = self.blocks.new_zeros(*lead, self.n_block, size, self.n_block, size)
+        picked = torch.arange(self.n_block, device=self.blocks.device)
+        blocks = self.blocks.expand(*lead, self.n_block, size, size)
+        full[..., picked, :, picked, :] = blocks.movedim(-3, 0)
+        return full.flatten(-4, -3).flatten(-2, -1)

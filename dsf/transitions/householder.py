@@ -1,0 +1,66 @@
+"""A_t = I - beta_t k_t k_t^T: the delta rule erases along one direction."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from dsf.transitions._base import Transition, mm, register
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Householder(Transition):
+    """I - beta k k^T; write_strength beta (batch, time, head), direction k (..., state).
+
+    beta = 0 is the identity, beta = 1 with unit k a projection, beta = 2 a reflection.
+    """
+
+    structure: ClassVar[str] = "householder"
+    write_strength: Tensor
+    direction: Tensor
+
+    @property
+    def n_state(self) -> int:  # type: ignore[override]
+        """Number of states."""
+        return self.direction.shape[-1]
+
+    def apply(self, state: Tensor) -> Tensor:
+        """h - beta k (k^T h)."""
+        k = self.direction[..., None]
+        return state - self.write_strength[..., None, None] * k * mm(k.mT, state)
+
+    def apply_transposed(self, state: Tensor) -> Tensor:
+        """The matrix is symmetric."""
+        return self.apply(state)
+
+    def compose(self, earlier: Self) -> Transition:
+        """A product of two reflections: rank two off the identity."""
+        return self.widen().compose(earlier.widen())
+
+    def widen(self) -> Transition:
+        """Diagonal of ones minus a rank-one part."""
+        from dsf.transitions.diagonal_low_rank import DiagonalLowRank
+
+        k = self.direction
+        scaled = self.write_strength[..., None] * k
+        return DiagonalLowRank(
+            torch.zeros_like(scaled), left=scaled[..., None], right=k[..., None]
+        )
+
+    def as_dense(self) -> Tensor:
+        """(batch, time, head, state, state)."""
+        eye = torch.eye(self.n_state, dtype=self.direction.dtype, device=self.direction.device)
+        outer = torch.einsum("...n,...m->...nm", self.direction, self.direction)
+        return eye - self.write_strength[..., None, None] * outer
+
+    def scan_chunked(
+        self, B: Any, C: Any, values: Tensor, state: Tensor, chunk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Chunks in the WY form, with the unit diagonal left out."""
+        from dsf.chunked import scan_diagonal_low_rank
+
+        return scan_diagonal_low_rank(self.widen(), B, C, values, state, chunk)

@@ -1,0 +1,61 @@
+"""A_t = a_t I: one decay per head (RetNet, Mamba-2, normalised attention, mLSTM)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from dsf.transitions._base import Transition, register, static
+from dsf.transitions._decay import Decay, split_decay
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Scalar(Decay):
+    """a_t I with a = sign * exp(log_decay + i phase), each (batch, time, head)."""
+
+    structure: ClassVar[str] = "scalar"
+    n_state: int = static(kw_only=True)
+
+    @classmethod
+    def from_decay(cls, decay: Tensor, n_state: int) -> Self:
+        """From the decay numbers, (batch, time, head), real or complex."""
+        return cls(**split_decay(decay), n_state=n_state)
+
+    def apply(self, state: Tensor) -> Tensor:
+        """a h."""
+        return self.decay()[..., None, None] * state
+
+    def apply_transposed(self, state: Tensor) -> Tensor:
+        """a h."""
+        return self.apply(state)
+
+    def compose(self, earlier: Self) -> Self:
+        """Logs add."""
+        return type(self)(**self._product(earlier), n_state=self.n_state)
+
+    def widen(self) -> Transition:
+        """The same number on every state."""
+        from dsf.transitions.diagonal import Diagonal
+
+        def spread(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[..., None].expand(*x.shape, self.n_state)
+
+        return Diagonal(spread(self.log_decay), spread(self.sign), spread(self.phase))  # type: ignore[arg-type]
+
+    def as_dense(self) -> Tensor:
+        """(batch, time, head, state, state)."""
+        a = self.decay()
+        eye = torch.eye(self.n_state, dtype=a.dtype, device=a.device)
+        return a[..., None, None] * eye
+
+    def scan_chunked(
+        self, B: Any, C: Any, values: Tensor, state: Tensor, chunk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Decay-masked linear attention by chunks."""
+        from dsf.chunked import scan_scalar
+
+        return scan_scalar(self, B, C, values, state, chunk)
