@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ class SequenceMixer(nn.Module):
     is_causal: bool = True
 
     @classmethod
-    def small(cls, width: int) -> Self:
+    def small(cls, width: int) -> SequenceMixer:
         """A layer of this width with the defaults of the system, for comparisons and tests."""
         return cls(width)
 
