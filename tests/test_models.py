@@ -1,0 +1,76 @@
+"""Every registered system keeps the contract of model_laws.py: a new model file needs no edit."""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+from model_laws import CAUSAL_LAWS, LAWS, fresh_input, shaken
+
+import dsf.models
+from dsf.errors import DsfValueError
+from dsf.models._mixer import SequenceMixer
+from dsf.wrappers import core
+
+WIDTH = 8
+NAMES = sorted(m.name for m in pkgutil.iter_modules(dsf.models.__path__) if m.name[0] != "_")
+
+
+@pytest.fixture(scope="module")
+def layers():
+    """One shaken small layer a system, built when first asked for."""
+    built: dict[str, SequenceMixer] = {}
+
+    def get(name: str) -> SequenceMixer:
+        if name not in built:
+            torch.manual_seed(0)
+            kind = importlib.import_module(f"dsf.models.{name}").LAYER
+            built[name] = shaken(kind.small(WIDTH))
+        return built[name]
+
+    return get
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_law(name, law, layers):
+    law(layers(name), fresh_input(WIDTH))
+
+
+@pytest.mark.parametrize("law", CAUSAL_LAWS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_causal_law(name, law, layers):
+    layer = layers(name)
+    assert layer.is_causal, "the small layer of every system is causal"
+    law(layer, fresh_input(WIDTH))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels(name, layers):
+    layer = layers(name)
+    assert isinstance(layer, SequenceMixer)
+    assert layer.system == name
+    assert list(layer.equations) == ["A", "B", "C", "D"]
+    assert all(isinstance(text, str) and text for text in layer.equations.values())
+    assert layer.source
+    system, _ = layer.recurrence(fresh_input(WIDTH))
+    assert core(system).system == name
+    assert core(system).gauge
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_single_token_and_long_batch(name, layers):
+    for x in (fresh_input(WIDTH, length=1), fresh_input(WIDTH, length=3, batch=5)):
+        assert layers(name)(x).shape == x.shape
+
+
+def test_registry_lists_every_file():
+    assert list(dsf.models.registered()) == NAMES
+
+
+def test_build_gives_the_small_layer_or_the_given_options():
+    name = NAMES[0]
+    kind = dsf.models.registered()[name]
+    assert type(dsf.models.build(name, WIDTH)) is kind
+    with pytest.raises(DsfValueError, match="expected one of"):
+        dsf.models.build("no_such_system", WIDTH)
