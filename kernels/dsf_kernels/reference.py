@@ -1,0 +1,101 @@
+"""One readable float64 loop per kernel: the definition that every kernel is held against."""
+
+import math
+
+import torch
+
+
+def diagonal_scan_reference(decay, inputs, initial_state=None, *, log=False):
+    """States of h_t = a_t h_{t-1} + b_t for t = 1..L, step by step in float64.
+
+    decay, inputs: (batch, time, channel); initial_state: (batch, channel) or None for zero;
+    a_t = decay_t, or exp(decay_t) when `log`. Returns states (batch, time, channel) and the
+    final state (batch, channel). Differentiable. Cost: L steps.
+    """
+    decay, inputs = decay.double(), inputs.double()
+    decay = decay.exp() if log else decay
+    decay = decay.expand(inputs.shape)
+    batch, length, channel = inputs.shape
+    state = inputs.new_zeros(batch, channel) if initial_state is None else initial_state.double()
+    states = []
+    for t in range(length):
+        state = decay[:, t] * state + inputs[:, t]
+        states.append(state)
+    stacked = torch.stack(states, 1) if states else inputs * decay
+    return stacked, state
+
+
+def scalar_decay_scan_reference(
+    query, key, value, log_decay=None, initial_state=None, *, scale=1.0
+):
+    """Outputs of h_t = a_t h_{t-1} + B_t u_t, y_t = scale C_t h_t, step by step in float64.
+
+    query (C), key (B): (batch, time, group, N), head k reads group k // (head / group);
+    value (u): (batch, time, head, P); log_decay: (batch, time, head), (head,) or None for a = 1;
+    initial_state: (batch, head, N, P) or None for zero. Returns outputs (batch, time, head, P)
+    and the final state (batch, head, N, P). Differentiable. Cost: L steps of N P per head.
+    """
+    query, key, value = query.double(), key.double(), value.double()
+    batch, length, head, n_channel = value.shape
+    query = query.repeat_interleave(head // query.shape[2], 2)
+    key = key.repeat_interleave(head // key.shape[2], 2)
+    if log_decay is None:
+        decay = value.new_ones(batch, length, head)
+    else:
+        decay = log_decay.double().exp().expand(batch, length, head)
+    if initial_state is None:
+        state = value.new_zeros(batch, head, key.shape[3], n_channel)
+    else:
+        state = initial_state.double()
+    outputs = []
+    for t in range(length):
+        written = key[:, t, :, :, None] * value[:, t, :, None, :]
+        state = decay[:, t, :, None, None] * state + written
+        outputs.append(scale * torch.einsum("bhn,bhnp->bhp", query[:, t], state))
+    stacked = torch.stack(outputs, 1) if outputs else value * scale
+    return stacked, state
+
+
+# Half a unit in the last place over the value, at most; float32 is judged by the units alone.
+HALF_ULP = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+UNDERFLOW = 2.0**-120
+
+
+def _run(function, tensors, grads, options):
+    leaves = {k: v.clone().requires_grad_() for k, v in tensors.items() if v is not None}
+    outputs = function(**{k: leaves.get(k) for k in tensors}, **options)
+    found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+    gradients = {
+        f"grad {name}": torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+    }
+    return {"output": outputs[0].detach(), "final state": outputs[1].detach()} | gradients
+
+
+def error_units(kernel, reference, tensors, logs=(), *, unit=2.0**-24, seed=0, **options):
+    """Largest error of a kernel's outputs and of every gradient: {name: units}.
+
+    units = (|kernel - reference| - half an ulp of the result's type) / (unit * M), elementwise,
+    with M the reference run on absolute values (of all but the tensors named in `logs`, which are
+    logarithms already), gradients likewise; `unit` is the unit round-off of the coarsest type
+    that operands are rounded to. `tensors`: {argument: tensor or None}, of unit size: differences
+    below 2^-120 are float32 underflow and count 0. A non-finite result gives inf.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        shapes = kernel(**tensors, **options)
+    grads = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in shapes]
+    found = _run(kernel, tensors, grads, options)
+    exact = {k: v if v is None else v.double() for k, v in tensors.items()}
+    truth = _run(reference, exact, [g.double() for g in grads], options)
+    size = {k: v if v is None or k in logs else v.abs() for k, v in exact.items()}
+    bound = _run(reference, size, [g.double().abs() for g in grads], options)
+    units = {}
+    for name, value in found.items():
+        error = (value.double() - truth[name]).abs()
+        error = error - HALF_ULP[value.dtype] * truth[name].abs() - UNDERFLOW
+        scale = bound[name].abs()
+        ratio = torch.where(error > 0, error / (unit * scale), torch.zeros_like(error))
+        ratio = torch.where(torch.isfinite(value), ratio, math.inf)
+        units[name] = float(ratio.max()) if ratio.numel() else 0.0
+    return units
