@@ -1,0 +1,183 @@
+"""Which modules of a model to trace, and what to call it with; refusals before any work."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from dsf.adapters import Adapter, adapters, unsupported
+from dsf.adapters._contract import Visit
+from dsf.errors import DsfTypeError, DsfUnsupportedError, DsfValueError
+
+Chosen = dict[str, tuple[nn.Module, Adapter]]
+
+
+def layers_of(model: nn.Module) -> Chosen:
+    """Every covered module by path; a module inside a covered one belongs to it."""
+    known = adapters()
+    found: Chosen = {}
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}.") if outer else path for outer in found):
+            continue
+        adapter = next((a for a in known if a.recognises(module)), None)
+        if adapter is not None:
+            found[path] = (module, adapter)
+    return found
+
+
+def named_layers(function: str, model: nn.Module, names: Iterable[str]) -> Chosen:
+    """The modules meant by names: module paths, or a path and a part of it ("lstm.l0")."""
+    known = adapters()
+    modules = dict(model.named_modules())
+    found: Chosen = {}
+    for name in names:
+        plain = name.split("#")[0]
+        path = plain if plain in modules else plain.rpartition(".")[0]
+        if path not in modules or (path == "" and plain and "." in plain):
+            raise DsfValueError(
+                f"{function}: layers: expected paths of modules of {type(model).__name__}, got "
+                f"{name!r}. Covered here: {listed(layers_of(model))}."
+            )
+        module = modules[path]
+        adapter = next((a for a in known if a.recognises(module)), None)
+        if adapter is None:
+            inner = [f"{path}.{p}" if path else p for p in layers_of(module)]
+            if not inner:
+                raise unsupported(function, module, path)
+            raise DsfValueError(
+                f"{function}: layers: {name!r} is a {type(module).__name__}, which holds the "
+                f"layers {listed(inner)}. Name one of them."
+            )
+        found[path] = (module, adapter)
+    return found
+
+
+def refuse_compiled(function: str, model: nn.Module) -> None:
+    """Compiled graphs hold the functions themselves, so no tap could see them."""
+    for path, module in model.named_modules():
+        kinds = {c.__name__ for c in type(module).__mro__}
+        if "OptimizedModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None:
+            raise DsfUnsupportedError(
+                f"{function}: module: expected an uncompiled model, got one compiled by "
+                f"torch.compile{f' at {path!r}' if path else ''}; its graph hides the layers. "
+                f"Pass the original module (compiled._orig_mod)."
+            )
+        if kinds & {"ScriptModule", "RecursiveScriptModule"}:
+            raise DsfUnsupportedError(
+                f"{function}: module: expected a Python module, got a TorchScript one"
+                f"{f' at {path!r}' if path else ''}. Pass the original module."
+            )
+
+
+def refuse_cache(function: str, arguments: Mapping[str, Any]) -> None:
+    """A trace is one pass over the whole sequence: a cache would start it in the middle."""
+    for name in ("past_key_values", "cache_params", "past_key_value"):
+        if arguments.get(name) is not None:
+            raise DsfUnsupportedError(
+                f"{function}: {name}: expected no cache, got {type(arguments[name]).__name__}. "
+                f"Pass the whole sequence at once; dsf.step then runs its recurrence token by "
+                f"token."
+            )
+
+
+def model_call(function: str, model: nn.Module, inputs: Any) -> Callable[[], Any]:
+    """The model on its inputs: a dict (or BatchEncoding), a tuple or list, or one tensor."""
+    if inputs is None:
+        raise DsfTypeError(
+            f"{function}: inputs: expected the model's inputs (a dict of keyword arguments, a "
+            f"tuple, or one tensor), got None."
+        )
+    args: tuple = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
+    elif isinstance(inputs, tuple | list):
+        args = tuple(inputs)
+    else:
+        args = (inputs,)
+    refuse_cache(function, kwargs)
+    if kwargs.get("use_cache"):
+        raise DsfUnsupportedError(
+            f"{function}: use_cache: expected False, got True. Pass the whole sequence at once."
+        )
+    parameters = _parameters(model)
+    takes = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if takes and getattr(getattr(model, "config", None), "use_cache", False):
+        kwargs["use_cache"] = False
+    return lambda: model(*args, **kwargs)
+
+
+def layer_call(function: str, layer: nn.Module, args: tuple, kwargs: dict) -> Callable[[], Any]:
+    """The layer on its own arguments; a missing one is named, with the form that supplies it."""
+    refuse_cache(function, kwargs)
+    parameters = _parameters(layer)
+    positional = [n for n, p in parameters.items()
+                  if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]  # fmt: skip
+    given = {*positional[: len(args)], *kwargs}
+    named = {n: p for n, p in parameters.items()
+             if n not in given and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}  # fmt: skip
+    required = [n for n, p in named.items() if p.default is p.empty]
+    if required:
+        raise DsfTypeError(_missing(function, layer, required))
+    if "use_cache" in named:
+        kwargs = {**kwargs, "use_cache": False}
+
+    def call() -> Any:
+        try:
+            return layer(*args, **kwargs)
+        except (TypeError, AttributeError) as error:
+            absent = [n for n, p in named.items() if p.default is None]
+            if not absent:
+                raise
+            raise DsfTypeError(_missing(function, layer, absent, error)) from error
+
+    return call
+
+
+def _missing(function: str, layer: nn.Module, names: list[str], error: object = None) -> str:
+    kind = type(layer).__name__
+    cause = f" (it raised {type(error).__name__}: {error})" if error else ""
+    return (
+        f"{function}: {', '.join(names)}: expected by {kind}.forward, got nothing{cause}. Give "
+        f"{'it' if len(names) == 1 else 'what it needs of them'}, or let the model supply it: "
+        f"{form_c('path.to.layer')}."
+    )
+
+
+def form_c(path: str) -> str:
+    """How to have the model supply a layer's arguments."""
+    return f'dsf.from_layer(model, layer="{path}", inputs={{...}})'
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Names for a message, cut when there are many."""
+    names = list(names)
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(repr(n) for n in names[:most]) + more if names else "none"
+
+
+def not_called(visit: Visit, adapter: Adapter) -> DsfUnsupportedError:
+    """The error for a layer that ran without its tapped function being called."""
+    return DsfUnsupportedError(
+        f"dsf.trace: {visit.path or type(visit.module).__name__}: expected the layer to call the "
+        f"function that adapter {adapter.name!r} taps, got no call. A model after kernelize() or "
+        f"use_kernels=True, a one-token pass, or a subclass with its own forward goes around it. "
+        f"Load the model without kernels, pass the whole sequence, or add an adapter."
+    )
+
+
+def only_tensor(name: str, value: Any) -> Tensor:
+    """A tensor argument of a layer, or an error that names it."""
+    if isinstance(value, Tensor):
+        return value
+    raise DsfTypeError(f"dsf.from_layer: {name}: expected a tensor, got {type(value).__name__}.")
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        return {}
