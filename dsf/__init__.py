@@ -1,5 +1,10 @@
 """dsf: every sequence-mixing layer as one state-space recurrence, and the tools to study it."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 __distribution__ = "dsf-torch"
 
@@ -17,4 +22,31 @@ from dsf.factors import ExplicitRows, MixingRows, OneHot, SoftmaxRows
 from dsf.maps import attention_map, materialise
 from dsf.recurrence import Recurrence
 from dsf.scanning import scan, step
-from dsf.wrappers import Anticausal, Bidirectional, Gated, anticausal, gated
+from dsf.wrappers import Anticausal, Bidirectional, Gated, System, anticausal, gated
+
+if TYPE_CHECKING:
+    from dsf import measures, models
+    from dsf.comparison import compare
+    from dsf.tracing import LayerTrace, from_layer, trace
+
+_LATER = {
+    "models": "dsf.models", "measures": "dsf.measures", "plot": "dsf.plot",
+    "compare": "dsf.comparison", "from_layer": "dsf.tracing", "trace": "dsf.tracing",
+    "LayerTrace": "dsf.tracing",
+}  # fmt: skip
+"""Loaded on first use, so that `import dsf` stays light."""
+
+__all__ = [
+    "Anticausal", "Bidirectional", "ExplicitRows", "Gated", "LayerTrace", "MixingRows", "OneHot",
+    "Recurrence", "SoftmaxRows", "System", "anticausal", "attention_map", "change_of_basis",
+    "compare", "concatenate_time", "from_layer", "gated", "materialise", "measures", "models",
+    "parallel", "realified", "scan", "series", "skip", "slice_time", "step", "trace",
+    "transitions",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'dsf' has no attribute {name!r}")
+    module = importlib.import_module(_LATER[name])
+    return module if _LATER[name] == f"dsf.{name}" else getattr(module, name)

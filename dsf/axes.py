@@ -25,11 +25,12 @@ C_AXES = ("batch", "time", "head", "output", "state")
 D_AXES = ("batch", "time", "head", "output", "input")
 VALUE_AXES = ("batch", "time", "head", "input", "channel")
 STATE_AXES = ("batch", "head", "state", "channel")
+GATE_AXES = ("batch", "time", "head", "channel")
 
 _WIDENED = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
-def named_sizes(names: Sequence[str], sizes: Sequence[int]) -> str:
+def named_sizes(names: Sequence[str], sizes: Sequence[int | str]) -> str:
     """`(batch=2, time=64)`: how shapes are written in every message."""
     return "(" + ", ".join(f"{n}={s}" for n, s in zip(names, sizes, strict=True)) + ")"
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsf.mixing_rows import MixingRows, block_rows
+from dsf.shapes import Inexact
 from dsf.transitions._base import register, static
 
 
@@ -34,7 +35,7 @@ class OneHot:
         """5, as B."""
         return 5
 
-    def as_dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
+    def as_dense(self, dtype: torch.dtype = torch.float64) -> Inexact[Tensor, "1 time 1 state 1"]:
         """The dense B: for tests and small lengths."""
         slots = torch.arange(self.length)[:, None] + self.offset == torch.arange(self.n_slot)
         return slots.to(dtype)[None, :, None, :, None]
@@ -43,48 +44,14 @@ class OneHot:
         """Steps start..stop-1; the slots keep their meaning."""
         return OneHot(stop - start, self.n_slot, self.offset + start)
 
-
-class MixingRows:
-    """C whose row t is row t of an attention map, computed when asked for, tile by tile.
-
-    With A = I and B = OneHot the system's map is the causal part of these rows. A subclass gives
-    `tile`, `shape` and `time_slice`; `n_key` is the number of slots.
-    """
-
-    shape: torch.Size
-    causal: bool
-
-    @property
-    def n_key(self) -> int:
-        """Number of keys, the columns of the map."""
-        return self.shape[-1]
-
-    @property
-    def ndim(self) -> int:
-        """5, as C."""
-        return 5
-
-    def tile(self, queries: slice, keys: slice) -> Tensor:
-        """Weights (batch, head, query, key) of some rows and columns, nothing else computed."""
-        raise NotImplementedError
-
-    def time_slice(self, start: int, stop: int) -> MixingRows:
-        """The rows of steps start..stop-1."""
-        raise NotImplementedError
-
-    def mix(self, values: Tensor) -> Tensor:
-        """All rows times `values` (batch, head, key, channel): memory O(block x n_key)."""
-        block = max(1, 2**22 // max(self.n_key, 1))
-        length, every = self.shape[1], slice(0, self.n_key)
-        rows = [
-            self.tile(slice(t, min(t + block, length)), every).to(values.dtype) @ values
-            for t in range(0, length, block)
+    def shape_faults(self) -> list[str]:
+        """Every step needs its slot."""
+        if self.offset >= 0 and self.offset + self.length <= self.n_slot and self.length >= 0:
+            return []
+        return [
+            f"B: expected offset + length <= n_slot={self.n_slot}, got offset={self.offset}, "
+            f"length={self.length}."
         ]
-        if not rows:
-            batch, head = torch.broadcast_shapes(
-                values.shape[:2], (self.shape[0], self.shape[2]))  # fmt: skip
-            return values.new_zeros(batch, head, 0, values.shape[-1])
-        return torch.cat(rows, dim=2)
 
 
 @register
@@ -104,7 +71,7 @@ class ExplicitRows(MixingRows):
         batch, head, query, key = self.weights.shape
         return torch.Size((batch, query, head, 1, key))
 
-    def tile(self, queries: slice, keys: slice) -> Tensor:
+    def tile(self, queries: slice, keys: slice) -> Inexact[Tensor, "batch head query key"]:
         """A view of the stored map."""
         return self.weights[..., queries, keys]
 
@@ -112,13 +79,23 @@ class ExplicitRows(MixingRows):
         """Some rows of the stored map."""
         return ExplicitRows(self.weights[:, :, start:stop], self.causal)
 
+    def shape_faults(self) -> list[str]:
+        """Four axes."""
+        if self.weights.ndim == 4:
+            return []
+        return [
+            f"C.weights: expected axes ('batch', 'head', 'query', 'key'), got shape "
+            f"{tuple(self.weights.shape)}."
+        ]
+
 
 @register
 @dataclasses.dataclass(frozen=True)
 class SoftmaxRows(MixingRows):
     """Rows of softmax attention, exact, without the map being stored.
 
-        w_tj = exp(z_tj) / (sum_i exp(z_ti) + exp(sink)),  z_tj = scale q_t.k_j (soft-capped) + bias_tj
+        w_tj = exp(z_tj) / (sum_i exp(z_ti) + exp(sink))
+        z_tj = scale q_t.k_j (soft-capped) + bias_tj
 
     over the keys that `causal`, `window` and `key_mask` leave. query (batch, time, head, width),
     key (batch, key, group, width): head h uses group h // (head/group). bias broadcasts to
@@ -142,20 +119,22 @@ class SoftmaxRows(MixingRows):
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
         """As C: (batch, time, head, 1, key)."""
-        batch, time, head, _ = self.query.shape
-        return torch.Size((batch, time, head, 1, self.key.shape[1]))
+        batch = max(self.query.shape[0], self.key.shape[0])
+        return torch.Size((batch, *self.query.shape[1:3], 1, self.key.shape[1]))
 
     @property
     def logit_scale(self) -> float:
         """`scale`, by default width^(-1/2)."""
         return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
 
-    def logits(self, queries: slice, keys: slice) -> Tensor:
-        """z (batch, head, query, key), -inf where nothing may be seen."""
+    def logits(self, queries: slice, keys: slice) -> Inexact[Tensor, "batch head query key"]:
+        """z (batch, head, query, key), -inf where nothing may be seen; in float32 at least."""
         rows = range(*queries.indices(self.query.shape[1]))
         cols = range(*keys.indices(self.n_key))
-        q = self.query[:, rows.start : rows.stop].transpose(1, 2)
-        k = self.key[:, cols.start : cols.stop].transpose(1, 2)
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        dtype = torch.promote_types(self.key.dtype, dtype)
+        q = self.query[:, rows.start : rows.stop].transpose(1, 2).to(dtype)
+        k = self.key[:, cols.start : cols.stop].transpose(1, 2).to(dtype)
         grouped = q.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
         z = (grouped @ k.mT[:, :, None]).flatten(1, 2) * self.logit_scale
         if self.softcap is not None:
@@ -176,8 +155,21 @@ class SoftmaxRows(MixingRows):
             seen = seen & self.key_mask[:, None, None, cols.start : cols.stop].bool()
         return seen
 
-    def tile(self, queries: slice, keys: slice) -> Tensor:
-        """Softmax over all keys of the asked rows, then the asked columns. O(rows x n_key x d)."""
+    def tile(self, queries: slice, keys: slice) -> Inexact[Tensor, "batch head query key"]:
+        """Softmax over all keys of the asked rows, then the asked columns. O(rows x n_key x d).
+
+        A tile of few columns is made block by block of rows: the rest is not kept.
+        """
+        rows = range(*queries.indices(self.query.shape[1]))
+        columns = len(range(*keys.indices(self.n_key)))
+        block = block_rows(self)
+        if len(rows) <= block or 2 * columns > self.n_key:
+            return self._weights(queries, keys)
+        return torch.cat(
+            [self._weights(slice(start, min(start + block, rows.stop)), keys)
+             for start in range(rows.start, rows.stop, block)], dim=2)  # fmt: skip
+
+    def _weights(self, queries: slice, keys: slice) -> Tensor:
         z = self.logits(queries, slice(0, self.n_key))
         top = z.amax(-1, keepdim=True) if self.n_key else z.new_zeros(*z.shape[:-1], 1)
         if self.sink is not None:
@@ -199,12 +191,56 @@ class SoftmaxRows(MixingRows):
             query_start=self.query_start + start,
         )  # fmt: skip
 
-    def mix(self, values: Tensor) -> Tensor:
-        """Through scaled_dot_product_attention where it can say the same, else by tiles."""
+    def mix(
+        self, values: Inexact[Tensor, "batch head key channel"]
+    ) -> Inexact[Tensor, "out_batch out_head query channel"]:
+        """Through scaled_dot_product_attention where it can say the same, else by tiles.
+
+        PyTorch's fused kernels can be differentiated once; `mix_part` any number of times.
+        """
         plain = self.softcap is None and self.sink is None and self.window is None
-        if not plain or self.key_mask is not None or self.query_start or not self.n_key:
+        unmasked = self.key_mask is None and not self.query_start
+        if not (plain and unmasked and self.n_key and self.shape[1]) or values.is_complex():
             return super().mix(values)
         return _sdpa(self, values)
+
+    def shape_faults(self) -> list[str]:
+        """Axes, grouped heads, and what must broadcast to (batch, head, query, key)."""
+        q, k = tuple(self.query.shape), tuple(self.key.shape)
+        if len(q) != 4 or len(k) != 4:
+            return [
+                f"C: expected query (batch, time, head, width) and key (batch, key, group, "
+                f"width), got {q} and {k}."
+            ]
+        faults = []
+        batch, length, head, width = q
+        if k[0] not in (1, batch) and batch != 1:
+            faults.append(f"C.key: expected batch={batch} or 1, got {k}; batch is fixed by query.")
+        if k[3] != width or not k[2] or head % k[2]:
+            faults.append(
+                f"C.key: expected width={width} and a group that divides head={head}, got {k}; "
+                f"they are fixed by query."
+            )
+        full = (max(batch, k[0]), head, length, k[1])
+        optional = [
+            ("bias", self.bias, full, "(batch, head, query, key)"),
+            ("key_mask", self.key_mask, (full[0], k[1]), "(batch, key)"),
+            ("sink", self.sink, (head,), "(head,)"),
+        ]
+        for name, x, wanted, axes in optional:
+            if x is not None and not _broadcasts(tuple(x.shape), wanted):
+                faults.append(f"C.{name}: expected axes {axes} = {wanted} or sizes 1, got "
+                              f"{tuple(x.shape)}; query and key fix them.")  # fmt: skip
+        for name, number in [("window", self.window), ("softcap", self.softcap)]:
+            if number is not None and number <= 0:
+                faults.append(f"C.{name}: expected a positive number or None, got {number}.")
+        return faults
+
+
+def _broadcasts(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return len(found) == len(wanted) and all(
+        f in (1, w) for f, w in zip(found, wanted, strict=True)
+    )
 
 
 def _tile_of(x: Tensor, rows: range, cols: range) -> Tensor:
@@ -213,19 +249,22 @@ def _tile_of(x: Tensor, rows: range, cols: range) -> Tensor:
 
 
 def _sdpa(rows: SoftmaxRows, values: Tensor) -> Tensor:
-    heads = rows.query.shape[2]
-    q, k = rows.query.transpose(1, 2), rows.key.transpose(1, 2)
-    k = k.repeat_interleave(heads // k.shape[1], 1)
-    v = values.expand(-1, heads, -1, -1).to(q.dtype)
-    mask: Any = rows.bias
-    if mask is not None:
-        mask = mask.expand(q.shape[0], heads, q.shape[2], k.shape[2]).to(q.dtype)
-        if rows.causal:
-            seen = rows._visible(range(q.shape[2]), range(k.shape[2]), q.device)
-            mask = mask.masked_fill(~seen, -math.inf)
-        empty = (mask == -math.inf).all(-1, keepdim=True)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, mask.masked_fill(empty, 0.0), scale=rows.logit_scale)  # fmt: skip
-        return out.masked_fill(empty, 0.0)
-    return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=rows.causal, scale=rows.logit_scale)  # fmt: skip
+    batch, length, heads, _, n_key = rows.shape
+    batch = max(batch, values.shape[0])
+    dtype = torch.promote_types(rows.query.dtype, rows.key.dtype)
+    dtype = torch.promote_types(dtype, values.dtype)
+    q, k = rows.query.transpose(1, 2).to(dtype), rows.key.transpose(1, 2).to(dtype)
+    q = q.expand(batch, -1, -1, -1)
+    k = k.expand(batch, -1, -1, -1).repeat_interleave(heads // k.shape[1], 1)
+    v = values.expand(batch, heads, -1, -1).to(dtype)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    if rows.bias is None:
+        return attend(q, k, v, is_causal=rows.causal, scale=rows.logit_scale)
+    mask = rows.bias.to(dtype)
+    if rows.causal:
+        seen = rows._visible(range(length), range(n_key), q.device)
+        mask = mask.masked_fill(~seen, -math.inf)
+    mask = mask.expand(*mask.shape[:2], length, n_key)
+    empty = (mask == -math.inf).all(-1, keepdim=True)
+    full = mask.masked_fill(empty, 0.0).expand(batch, heads, -1, -1)
+    return attend(q, k, v, full, scale=rows.logit_scale).masked_fill(empty, 0.0)

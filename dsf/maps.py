@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 import xarray as xr
@@ -11,15 +11,18 @@ from torch import Tensor
 
 from dsf.axes import to_xarray
 from dsf.errors import DsfShapeError, DsfValueError
-from dsf.factors import MixingRows, OneHot
 from dsf.memory import require_memory
+from dsf.mixing_rows import MixingRows, Part
 from dsf.recurrence import Recurrence
-from dsf.scanning import scan
-from dsf.transitions import Identity
-from dsf.wrappers import Anticausal, Bidirectional, Gated, System, core, total_length
+from dsf.scanning import Backend, run_one
+from dsf.shapes import Inexact
+from dsf.transitions._base import real_dtype
+from dsf.validation import check_system
+from dsf.wrappers import Anticausal, Bidirectional, Gated, System, core, is_cache, total_length
 
-Rows = slice | range | None
+Rows: TypeAlias = slice | range | None
 _KEY_BLOCK = 256
+"""How many columns of a map are made in one scan, each as one channel."""
 
 
 def materialise(
@@ -28,9 +31,10 @@ def materialise(
     keys: Rows = None,
     *,
     length: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     max_memory: int | None = None,
-) -> Tensor:
+    allow_nonfinite: bool = False,
+) -> Inexact[Tensor, "batch head *rest"]:
     """The implied attention map, or any tile of it, without computing the rest.
 
         M_tj = C_t A_t ... A_{j+1} B_j + [t = j] D_t   for j <= t, else 0
@@ -38,10 +42,12 @@ def materialise(
     Returns (batch, head, query, key); with a channel axis after head when a gate makes the map
     differ by channel; with (output, input) at the end when there are several. `queries` and
     `keys` are contiguous slices of positions (0-based). `length` is needed for a time-invariant
-    system. The zero half of a causal map is exactly zero. Cost: O(queries x keys x state), by a
-    scan over one-hot values. Raises DsfMemoryError, with the size, before allocating more than
-    `max_memory` bytes (default 80 % of what is free). Source: Sieber et al. (2024), equation 12.
+    system. The zero half of a causal map is exactly zero; the initial state has no part in it.
+    Cost: O(queries x keys x state), by a scan over one-hot values. Raises DsfMemoryError, with
+    the size, before allocating more than `max_memory` bytes (default 80 % of what is free);
+    DsfShapeError, DsfTypeError, DsfValueError as `scan`. Source: Sieber et al. (2024), eq. 12.
     """
+    check_system("dsf.materialise", system, allow_nonfinite=allow_nonfinite)
     total = _length(system, length)
     rows, cols = _range("queries", queries, total), _range("keys", keys, total)
     axes, shape, dtype = _result_shape(system, rows, cols)
@@ -60,7 +66,7 @@ def attention_map(
     *,
     tokens: Sequence[str] | None = None,
     length: int | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     max_memory: int | None = None,
     **attrs: Any,
 ) -> xr.DataArray:
@@ -68,8 +74,10 @@ def attention_map(
 
     `tokens` are the texts of all positions; they become the coordinates `query_token` and
     `key_token` beside the integer positions. attrs: system, structure, gauge, mode, precision,
-    dsf_version and any keyword given.
+    dsf_version and any keyword given. Raises DsfShapeError unless there is one text per position,
+    and as `materialise`.
     """
+    check_system("dsf.attention_map", system, allow_nonfinite=True)
     total = _length(system, length)
     if tokens is not None and len(tokens) != total:
         raise DsfShapeError(
@@ -84,9 +92,10 @@ def attention_map(
     if tokens is not None:
         coords["query_token"] = ("query", [str(tokens[i]) for i in rows])
         coords["key_token"] = ("key", [str(tokens[i]) for i in cols])
+    labels = {"units": "1", "long_name": "implied attention weight"}
     return to_xarray(
         values, axes, name="attention_map", coords=coords,
-        attrs={**system_attrs(system), "units": "1", "long_name": "implied attention weight", **attrs},
+        attrs={**system_attrs(system), **labels, **attrs},
     )  # fmt: skip
 
 
@@ -105,36 +114,47 @@ def system_attrs(system: System) -> dict[str, Any]:
 # -- by kind of system -------------------------------------------------------------------------
 
 
-def _map(system: System, rows: range, cols: range, backend: str) -> Tensor:
+def _map(system: System, rows: range, cols: range, backend: Backend) -> Tensor:
     if isinstance(system, Gated):
-        inner = _map(system.system, rows, cols, backend)
-        gate = system.gate
-        gate = gate[:, rows.start : rows.stop] if gate.shape[1] > 1 else gate
-        return gate.permute(0, 2, 3, 1)[..., None] * inner.unsqueeze(2)
+        return _gated_map(system, rows, cols, backend)
     if isinstance(system, Bidirectional):
-        r = system.causal
-        if (
-            isinstance(r.C, MixingRows)
-            and r.C is system.anticausal.recurrence.C
-            and (system.anticausal.strict and r.D is None)
-        ):
-            return r.C.tile(slice(rows.start, rows.stop), slice(cols.start, cols.stop))
-        return _map(r, rows, cols, backend) + _map(system.anticausal, rows, cols, backend)
+        one, two = system.causal, system.anticausal
+        if system.is_one_map and one.D is None and two.recurrence.D is None:
+            return _tile(one, rows, cols)
+        return _map(one, rows, cols, backend) + _map(two, rows, cols, backend)
+    part: Part = "causal"
     if isinstance(system, Anticausal):
-        return _anticausal_map(system, rows, cols, backend)
-    if (
-        isinstance(system.C, MixingRows)
-        and isinstance(system.B, OneHot)
-        and (isinstance(system.A, Identity) and system.B.offset == 0 and system.D is None)
-    ):
-        tile = system.C.tile(slice(rows.start, rows.stop), slice(cols.start, cols.stop))
-        return tile if system.C.causal else tile * _lower(rows, cols, tile)
-    return _causal_map(system, rows, cols, backend)
+        part = "strict" if system.strict else "anticausal"
+    r = core(system)
+    if is_cache(r) and r.B.offset == 0 and r.D is None:  # type: ignore[union-attr]
+        tile = _tile(r, rows, cols)
+        return tile.masked_fill(~_in_part(part, rows, cols, tile.device), 0)
+    return _scanned_map(r, rows, cols, backend, part)
 
 
-def _causal_map(r: Recurrence, rows: range, cols: range, backend: str) -> Tensor:
+def _gated_map(system: Gated, rows: range, cols: range, backend: Backend) -> Tensor:
+    inner = _map(system.system, rows, cols, backend)
+    gate = system.gate
+    gate = gate[:, rows.start : rows.stop] if gate.shape[1] > 1 else gate
+    gate = gate.permute(0, 2, 3, 1)[(...,) + (None,) * (inner.ndim - 3)]
+    return gate[:, :, 0] * inner if gate.shape[2] == 1 else gate * inner.unsqueeze(2)
+
+
+def _tile(r: Recurrence, rows: range, cols: range) -> Tensor:
+    C = cast(MixingRows, r.C)
+    return C.tile(slice(rows.start, rows.stop), slice(cols.start, cols.stop))
+
+
+def _in_part(part: Part, rows: range, cols: range, device: torch.device) -> Tensor:
+    query = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    key = torch.arange(cols.start, cols.stop, device=device)
+    return {"causal": key <= query, "anticausal": key >= query, "strict": key > query}[part]
+
+
+def _scanned_map(r: Recurrence, rows: range, cols: range, backend: Backend, part: Part) -> Tensor:
+    r = r.replace(initial_state=None)
     blocks = [
-        _key_block(r, rows, range(k, min(k + _KEY_BLOCK, cols.stop)), backend)
+        _key_block(r, rows, range(k, min(k + _KEY_BLOCK, cols.stop)), backend, part)
         for k in range(cols.start, cols.stop, _KEY_BLOCK)
     ]
     if not blocks:
@@ -143,62 +163,30 @@ def _causal_map(r: Recurrence, rows: range, cols: range, backend: str) -> Tensor
     return torch.cat(blocks, dim=3)
 
 
-def _key_block(r: Recurrence, rows: range, cols: range, backend: str) -> Tensor:
-    """Columns `cols`: run the system from their first key on one-hot values, one channel each."""
+def _key_block(r: Recurrence, rows: range, cols: range, backend: Backend, part: Part) -> Tensor:
+    """Columns `cols`: run the steps between keys and queries on impulses, one channel each."""
     batch, _, head = r.lead_shape()
-    dtype = torch.promote_types(r.dtype, torch.float32)
-    n_in, n_out = r.n_input, r.n_output
-    first, last = cols.start, max(rows.stop, cols.start)
-    steps = last - first
-    out = torch.zeros(batch, len(rows), head, n_out, n_in * len(cols), dtype=_out_dtype(r, dtype),
-                      device=r.device)  # fmt: skip
-    if steps > 0 and len(rows):
-        impulses = torch.zeros(steps, n_in, len(cols), n_in, dtype=dtype, device=r.device)
-        alive = min(steps, len(cols))
-        index = torch.arange(alive, device=r.device)
-        for i in range(n_in):
-            impulses[index, i, index, i] = 1
-        u = impulses.flatten(2).expand(batch, steps, head, n_in, -1) if n_in > 1 else (
-            impulses.flatten(1).expand(batch, 1, steps, -1).transpose(1, 2).expand(
-                batch, steps, head, -1))  # fmt: skip
-        part = r.time_slice(first, last).replace(initial_state=None)
-        y = scan(part, u, backend, allow_nonfinite=True)  # type: ignore[call-overload]
-        y = y.unsqueeze(3) if n_out == 1 else y
-        seen = range(max(rows.start, first), rows.stop)
-        out[:, seen.start - rows.start :] = y[:, seen.start - first : seen.stop - first]
-    tile = out.unflatten(-1, (len(cols), n_in)).permute(0, 2, 1, 4, 3, 5)
+    n_in, n_out, n_key = r.n_input, r.n_output, len(cols)
+    first, last = (cols.start, rows.stop) if part == "causal" else (rows.start, cols.stop)
+    seen = range(max(rows.start, first), min(rows.stop, last))
+    dtype = torch.promote_types(real_dtype(r.dtype), torch.float32)
+    if not len(seen):
+        zero_dtype = dtype if r.real_output else torch.promote_types(r.dtype, dtype)
+        out = torch.zeros(batch, len(rows), head, n_out, n_key * n_in, dtype=zero_dtype,
+                          device=r.device)  # fmt: skip
+    else:
+        at = torch.arange(first, last, device=r.device)[:, None]
+        hit = at == torch.arange(cols.start, cols.stop, device=r.device)
+        eye = torch.eye(n_in, dtype=torch.bool, device=r.device)
+        impulses = (hit[:, None, :, None] & eye[:, None]).flatten(2).to(dtype)
+        u = impulses[None, :, None].expand(batch, -1, head, -1, -1)
+        y, _ = run_one(r.time_slice(first, last), u, backend, None, part)
+        y = y[:, seen.start - first : seen.stop - first]
+        blank = (0, 0) * 3
+        out = torch.nn.functional.pad(
+            y, (*blank, seen.start - rows.start, rows.stop - seen.stop))  # fmt: skip
+    tile = out.unflatten(-1, (n_key, n_in)).permute(0, 2, 1, 4, 3, 5)
     return tile[..., 0, 0] if n_in == n_out == 1 else tile
-
-
-def _anticausal_map(system: Anticausal, rows: range, cols: range, backend: str) -> Tensor:
-    r = system.recurrence
-    total = max(r.length, rows.stop, cols.stop)
-    if isinstance(r.C, MixingRows) and isinstance(r.B, OneHot) and r.D is None:
-        tile = r.C.tile(slice(rows.start, rows.stop), slice(cols.start, cols.stop))
-        upper = 1 - _lower(rows, cols, tile, -1 if not system.strict else 0)
-        return tile * upper
-    back_rows = range(total - rows.stop, total - rows.start)
-    back_cols = range(total - cols.stop, total - cols.start)
-    tile = _causal_map(r.flip_time(), back_rows, back_cols, backend).flip(2, 3)
-    if not system.strict:
-        return tile
-    own = range(max(rows.start, cols.start), min(rows.stop, cols.stop))
-    if len(own):
-        index = torch.arange(own.start, own.stop)
-        D = 0 if r.D is None else r.D.expand(*r.D.shape[:1], total, *r.D.shape[2:])[:, index]
-        kept = torch.as_tensor(D, dtype=tile.dtype)
-        diagonal = tile[:, :, index - rows.start, index - cols.start]
-        kept = kept.transpose(1, 2) if kept.ndim else kept
-        tile = tile.clone()
-        value = kept[..., 0, 0] if kept.ndim == 5 and tile.ndim == 4 else kept
-        tile[:, :, index - rows.start, index - cols.start] = value.expand_as(diagonal)
-    return tile
-
-
-def _lower(rows: range, cols: range, like: Tensor, shift: int = 0) -> Tensor:
-    q = torch.arange(rows.start, rows.stop, device=like.device)[:, None]
-    k = torch.arange(cols.start, cols.stop, device=like.device)
-    return (k <= q + shift).to(like.dtype)
 
 
 # -- sizes -------------------------------------------------------------------------------------
@@ -230,19 +218,17 @@ def _range(name: str, asked: Rows, total: int) -> range:
     return range(found.start, max(found.stop, found.start))
 
 
-def _out_dtype(r: Recurrence, dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if r.real_output and dtype.is_complex else dtype
-
-
 def _result_shape(system: System, rows: range, cols: range) -> tuple[list, list, torch.dtype]:
-    r = core(system)
+    r = core(system).replace(initial_state=None)
     batch, _, head = r.lead_shape()
     axes, shape = ["batch", "head"], [batch, head]
     if isinstance(system, Gated):
         gate = system.gate.shape
-        shape = [max(batch, gate[0]), max(head, gate[2])]
-        axes, shape = [*axes, "channel"], [*shape, gate[3]]
+        shape = list(torch.broadcast_shapes((batch, head), (gate[0], gate[2])))
+        if gate[3] > 1:
+            axes, shape = [*axes, "channel"], [*shape, gate[3]]
     axes, shape = [*axes, "query", "key"], [*shape, len(rows), len(cols)]
     if r.n_input > 1 or r.n_output > 1:
         axes, shape = [*axes, "output", "input"], [*shape, r.n_output, r.n_input]
-    return axes, shape, _out_dtype(r, torch.promote_types(r.dtype, torch.float32))
+    dtype = torch.promote_types(r.dtype, torch.float32)
+    return axes, shape, real_dtype(dtype) if r.real_output else dtype

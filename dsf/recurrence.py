@@ -1,18 +1,20 @@
-"""The noun: one linear time-varying system, h_t = A_t h_{t-1} + B_t u_t, y_t = C_t h_t + D_t u_t."""
+"""The noun: one linear time-varying system, h = A h + B u, y = C h + D u at every step."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dsf.axes import B_AXES, C_AXES, D_AXES, named_sizes
-from dsf.errors import DsfShapeError, DsfTypeError, DsfValueError
+from dsf.axes import C_AXES
+from dsf.errors import DsfTypeError
 from dsf.factors import MixingRows, OneHot
-from dsf.transitions._base import Transition, register, static
+from dsf.memory import require_memory
+from dsf.shapes import Inexact
+from dsf.transitions._base import Transition, complex_dtype, real_dtype, register, static
 
 
 @register
@@ -25,7 +27,7 @@ class Recurrence:
     A: a transition; B (batch, time, head, state, input) or OneHot; C (batch, time, head, output,
     state) or MixingRows; D (batch, time, head, output, input) or None; initial_state (batch, head,
     state, channel) or None for zero. Sizes 1 of batch, time and head broadcast: time of size 1
-    is time-invariant. `real_output` means y_t = Re(C_t h_t) + D_t u_t (conjugate pairs).
+    is time-invariant. `real_output` means y_t = Re(C_t h_t + D_t u_t), u real (conjugate pairs).
     Source: Sieber et al. (2024), equation 11.
 
     `system`, `gauge` (the state coordinates) and `mode` ("exact", "exact_along_trajectory",
@@ -87,41 +89,49 @@ class Recurrence:
     @property
     def dtype(self) -> torch.dtype:
         """The promoted dtype of all coefficients."""
-        dtype = None
-        for tensor in pytree.tree_leaves(self):
-            if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex()):
-                dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
-        if dtype is None:
-            dtype = torch.get_default_dtype()
+        dtypes = [t.dtype for t in _tensors(self) if t.is_floating_point() or t.is_complex()]
+        dtype = dtypes[0] if dtypes else torch.get_default_dtype()
+        for other in dtypes[1:]:
+            dtype = torch.promote_types(dtype, other)
         complex_a = self.A.is_complex and not dtype.is_complex
         return torch.promote_types(dtype, torch.complex64) if complex_a else dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the first tensor."""
-        tensors = [t for t in pytree.tree_leaves(self) if isinstance(t, Tensor)]
+        tensors = _tensors(self)
         return tensors[0].device if tensors else torch.device("cpu")
 
     # -- small changes -------------------------------------------------------------------------
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> Recurrence:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def to(self, target: torch.dtype | torch.device | str) -> Self:
-        """A copy on another device or in another real precision (complex fields follow)."""
+    def to(self, target: torch.dtype | torch.device | str) -> Recurrence:
+        """A copy on another device, or in another real precision (complex fields follow).
+
+        Raises DsfTypeError on a dtype that is not real and floating.
+        """
+        dtype = target if isinstance(target, torch.dtype) else None
+        if dtype is not None and not dtype.is_floating_point:
+            raise DsfTypeError(
+                f"dsf.Recurrence.to: target: expected a real floating dtype, got {dtype}. Complex "
+                f"fields take the complex dtype of the same precision."
+            )
 
         def move(x: Any) -> Any:
-            if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
-                return x if isinstance(target, torch.dtype) or not isinstance(x, Tensor) else (
-                    x.to(target))  # fmt: skip
-            if isinstance(target, torch.dtype) and x.is_complex():
-                return x.to(target.to_complex())
-            return x.to(target)
+            if not isinstance(x, Tensor):
+                return x
+            if dtype is None:
+                return x.to(target)
+            if x.is_complex():
+                return x.to(complex_dtype(dtype))
+            return x.to(dtype) if x.is_floating_point() else x
 
         return pytree.tree_map(move, self)
 
-    def time_slice(self, start: int, stop: int) -> Self:
+    def time_slice(self, start: int, stop: int) -> Recurrence:
         """Steps start..stop-1 (0-based); the initial state is dropped unless start is 0."""
 
         def cut(x: Any) -> Any:
@@ -137,114 +147,61 @@ class Recurrence:
             initial_state=first,
         )  # fmt: skip
 
-    def dense_factors(self) -> Self:
-        """B and C as dense tensors, whatever they were: length x n_slot memory for a cache."""
+    def dense_input_output(self) -> tuple[Tensor, Tensor]:
+        """B and C as dense tensors, whatever they were: length x n_slot memory for a cache.
+
+        Raises DsfMemoryError where that would not fit.
+        """
         B, C = self.B, self.C
-        if isinstance(B, OneHot):
-            B = B.as_dense(self.dtype).to(self.device)
         if isinstance(C, MixingRows):
+            require_memory(
+                "dsf.Recurrence", "dense C", C_AXES, C.shape, self.dtype, device=self.device,
+                advice="Ask for a tile of the map, or scan with backend='auto', which needs none.",
+            )  # fmt: skip
             C = C.tile(slice(0, C.shape[1]), slice(0, C.n_key)).transpose(1, 2)[..., None, :]
+        if isinstance(B, OneHot):
+            B = B.as_dense(real_dtype(self.dtype)).to(self.device)
+        return B, C
+
+    def dense_factors(self) -> Recurrence:
+        """The same system with dense B and C (see `dense_input_output`)."""
+        B, C = self.dense_input_output()
         return self.replace(B=B, C=C)
 
-    def flip_time(self) -> Self:
+    def dense_transition(self) -> Inexact[Tensor, "batch time head state state"]:
+        """A as matrices, (batch, time, head, state, state), in this system's dtype and device."""
+        matrix = self.A.as_dense()
+        if self.A.tensors():
+            return matrix
+        return matrix.to(self.device, real_dtype(self.dtype))
+
+    def flip_time(self) -> Recurrence:
         """The same coefficients in reverse order of time (dense B and C)."""
 
-        def flip(x: Tensor | None) -> Tensor | None:
-            return x if x is None or x.shape[1] == 1 else x.flip(1)
+        def flip(x: Tensor) -> Tensor:
+            return x.flip(1) if x.shape[1] > 1 else x
 
-        r = self.dense_factors()
-        return r.replace(A=r.A.flip_time(), B=flip(r.B), C=flip(r.C), D=flip(r.D))
+        B, C = self.dense_input_output()
+        D = None if self.D is None else flip(self.D)
+        return self.replace(A=self.A.flip_time(), B=flip(B), C=flip(C), D=D)
 
     # -- checks --------------------------------------------------------------------------------
 
-    def validate(self, *, allow_nonfinite: bool = False) -> Self:
+    def validate(
+        self, *, allow_nonfinite: bool = False, function: str = "dsf.Recurrence"
+    ) -> Recurrence:
         """Return self if every axis fits, else raise one error that names all faults.
 
-        Checked: kinds, axis counts and sizes, devices, and (unless `allow_nonfinite`) that no
-        coefficient is NaN or infinite; log_decay may be -inf. Cost: one pass over the tensors.
-        Raises DsfTypeError, DsfShapeError, DsfValueError.
+        Checked: kinds, dtypes, devices, axis counts and sizes, and (unless `allow_nonfinite`)
+        that no coefficient is NaN or infinite; log_decay, bias and sink may be -inf. Cost: one
+        pass over the tensors. Messages begin with `function`. Raises DsfTypeError,
+        DsfShapeError, DsfValueError.
         """
-        _check_kinds(self)
-        faults = _shape_faults(self)
-        if faults:
-            raise DsfShapeError("dsf.Recurrence: " + "\n  ".join(faults))
-        if not allow_nonfinite:
-            _check_finite(self)
+        from dsf.validation import check_recurrence
+
+        check_recurrence(self, allow_nonfinite=allow_nonfinite, function=function)
         return self
 
 
-def _check_kinds(r: Recurrence) -> None:
-    kinds = {"A": Transition, "B": (Tensor, OneHot), "C": (Tensor, MixingRows)}
-    for name, kind in kinds.items():
-        if not isinstance(getattr(r, name), kind):
-            expected = "a dsf.Transition" if name == "A" else "a tensor or a factor"
-            raise DsfTypeError(
-                f"dsf.Recurrence: {name}: expected {expected}, got {type(getattr(r, name))}."
-            )
-    for tensor in pytree.tree_leaves(r):
-        if isinstance(tensor, Tensor) and tensor.device != r.device:
-            raise DsfShapeError(
-                f"dsf.Recurrence: expected all tensors on {r.device}, got one on "
-                f"{tensor.device}. Call .to(device)."
-            )
-
-
-def _shape_faults(r: Recurrence) -> list[str]:
-    faults = []
-    lead = []
-    for tensor in r.A.tensors():
-        if tensor.ndim < 3:
-            faults.append(
-                f"A: expected leading axes (batch, time, head), got {tuple(tensor.shape)}."
-            )
-    fields = [("B", r.B, B_AXES), ("C", r.C, C_AXES), ("D", r.D, D_AXES)]
-    for name, value, axes in fields:
-        if value is not None and len(value.shape) != len(axes):
-            faults.append(f"{name}: expected axes {axes}, got shape {tuple(value.shape)}.")
-    if faults:
-        return faults
-    try:
-        lead = list(r.lead_shape())
-    except RuntimeError:
-        shapes = {"A": r.A.lead_shape(), "B": tuple(r.B.shape[:3]), "C": tuple(r.C.shape[:3])}
-        if r.D is not None:
-            shapes["D"] = tuple(r.D.shape[:3])
-        return [f"expected (batch, time, head) of size 1 or equal in all fields, got {shapes}."]
-    n, i, o = r.n_state, r.n_input, r.n_output
-    wanted = {"B": (B_AXES, [*lead, n, i]), "C": (C_AXES, [*lead, o, n]),
-              "D": (D_AXES, [*lead, o, i])}  # fmt: skip
-    reason = {"B": "state is fixed by A", "C": "state is fixed by A",
-              "D": "output is fixed by C, input by B"}  # fmt: skip
-    for name, value, _ in fields:
-        if value is not None and list(value.shape[3:]) != wanted[name][1][3:]:
-            faults.append(
-                f"{name}: expected axes {named_sizes(*wanted[name])}, got {tuple(value.shape)}; "
-                f"{reason[name]}."
-            )
-    h0 = r.initial_state
-    if h0 is not None and (h0.ndim != 4 or h0.shape[2] != n):
-        faults.append(
-            f"initial_state: expected axes (batch, head, state={n}, channel), "
-            f"got {tuple(h0.shape)}; state is fixed by A."
-        )
-    return faults
-
-
-def _check_finite(r: Recurrence) -> None:
-    named = [(f.name, getattr(r, f.name)) for f in dataclasses.fields(r)]
-    for name, value in named:
-        if isinstance(value, MixingRows):
-            continue
-        for tensor in pytree.tree_leaves(value):
-            if not isinstance(tensor, Tensor):
-                continue
-            bad = torch.isnan(tensor)
-            if name == "A":
-                bad = bad | (tensor == torch.inf) if not tensor.is_complex() else bad
-            else:
-                bad = ~torch.isfinite(tensor)
-            if bool(bad.any()):
-                raise DsfValueError(
-                    f"dsf.Recurrence: {name}: expected finite numbers, got {int(bad.sum())} NaN or "
-                    f"infinite of {tensor.numel()}. Pass allow_nonfinite=True to keep them."
-                )
+def _tensors(r: Recurrence) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(r) if isinstance(t, Tensor)]

@@ -1,37 +1,44 @@
-"""Run a system on its values: the float64 reference loop, the chunked path, one step."""
+"""Run a system on its values: the float64 reference loop, the fast paths, one step."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 
-from dsf.axes import VALUE_AXES, named_sizes
-from dsf.errors import DsfShapeError, DsfTypeError, DsfUnsupportedError, DsfValueError
-from dsf.factors import MixingRows, OneHot
+from dsf.errors import DsfTypeError, DsfUnsupportedError, DsfValueError
+from dsf.factors import OneHot
+from dsf.mixing_rows import MixingRows, Part
 from dsf.recurrence import Recurrence
-from dsf.transitions import Identity, Transition
-from dsf.transitions._base import mm
-from dsf.wrappers import Anticausal, Bidirectional, Gated, System, core
+from dsf.shapes import Inexact
+from dsf.transitions import Transition
+from dsf.transitions._base import mm, real_dtype, time_steps
+from dsf.validation import check_run, check_values
+from dsf.wrappers import Anticausal, Bidirectional, Gated, System, is_cache
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
 
 
 def loop(
-    A: Transition, B: Tensor, C: Tensor, values: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+    A: Transition,
+    B: Inexact[Tensor, "#batch #time #head state input"],
+    C: Inexact[Tensor, "#batch #time #head output state"],
+    values: Inexact[Tensor, "batch time head input channel"],
+    state: Inexact[Tensor, "batch head state channel"],
+) -> tuple[
+    Inexact[Tensor, "batch time head output channel"], Inexact[Tensor, "batch head state channel"]
+]:
     """The definition: one step after another in the dtype given.
 
     B (batch, time, head, state, input), C (batch, time, head, output, state), values (batch,
     time, head, input, channel), state (batch, head, state, channel). Returns C_t h_t (batch,
     time, head, output, channel) and h_L. Every fast path is tested against this function.
     """
-    outputs = []
-    for t in range(values.shape[1]):
-        b = B[:, t if B.shape[1] > 1 else 0]
-        c = C[:, t if C.shape[1] > 1 else 0]
-        state = A.at(t).apply(state) + mm(b, values[:, t])
+    length, outputs = values.shape[1], []
+    columns = (time_steps(x, length) for x in (B, C, values))
+    for a, b, c, u in zip(A.steps(length), *columns, strict=True):
+        state = a.apply(state) + mm(b, u)
         outputs.append(mm(c, state))
     if not outputs:
         return values.new_zeros(*values.shape[:3], C.shape[-2], values.shape[-1]), state
@@ -39,11 +46,15 @@ def loop(
 
 
 @overload
-def scan(system: System, values: Tensor, backend: Backend = ..., return_state: Literal[False] = ...,
-         *, chunk: int | None = ..., allow_nonfinite: bool = ...) -> Tensor: ...  # fmt: skip
+def scan(
+    system: System, values: Tensor, backend: Backend = ..., return_state: Literal[False] = ...,
+    *, chunk: int | None = ..., allow_nonfinite: bool = ...,
+) -> Tensor: ...  # fmt: skip
 @overload
-def scan(system: System, values: Tensor, backend: Backend = ..., *, return_state: Literal[True],
-         chunk: int | None = ..., allow_nonfinite: bool = ...) -> tuple[Tensor, Any]: ...  # fmt: skip
+def scan(
+    system: System, values: Tensor, backend: Backend = ..., *, return_state: Literal[True],
+    chunk: int | None = ..., allow_nonfinite: bool = ...,
+) -> tuple[Tensor, Any]: ...  # fmt: skip
 def scan(
     system: System,
     values: Tensor,
@@ -61,239 +72,217 @@ def scan(
     ----------
     system: Recurrence, Anticausal, Bidirectional or Gated.
     values: u, (batch, time, head, input, channel); the input axis is left out when it is 1.
-    backend: "reference" (the float64 loop), "chunked" (torch, matmul form, the input's dtype),
-        "triton" (CUDA kernels where the structure has one), "auto".
+    backend: "reference" (the float64 loop, float64 out), "chunked" (torch, matmul form),
+        "triton" (CUDA kernels where the structure has one), "auto" (the fastest there is).
     return_state: also return h_L (batch, head, state, channel); a pair for Bidirectional.
     chunk: length of a chunk; by default chosen by the structure.
     allow_nonfinite: let NaN and infinity through instead of refusing them.
 
     Returns
     -------
-    y: (batch, time, head, output, channel), the output axis left out when it is 1.
+    y: (batch, time, head, output, channel), the output axis left out when it is 1, in the
+    promoted dtype of system and values; computed in float32 at least.
 
     Raises DsfShapeError, DsfTypeError, DsfValueError before any work. Cost: O(length * state *
     channel) for identity, scalar, diagonal; O(length * state^2) for dense; memory O(length).
-    Differentiable any number of times.
+    Differentiable any number of times, except a softmax map with backend "auto": PyTorch's
+    fused attention has one derivative, "chunked" and "reference" have all.
     """
-    if backend not in ("auto", "reference", "chunked", "triton"):
-        raise DsfValueError(
-            f"dsf.scan: backend: expected auto, reference, chunked or triton, got {backend!r}."
-        )
-    if isinstance(system, Gated):
-        y, state = scan(system.system, values, backend, True, chunk=chunk,
-                        allow_nonfinite=allow_nonfinite)  # type: ignore[misc]  # fmt: skip
-        y = system.gate.to(y.dtype) * y
-    elif isinstance(system, Bidirectional):
-        y, state = _scan_bidirectional(system, values, backend, chunk, allow_nonfinite)
-    else:
-        recurrence = core(system)
-        u = check_values("dsf.scan", recurrence, values)
-        if not allow_nonfinite and not _is_traced():
-            _refuse_nonfinite(recurrence, values)
-        strict = isinstance(system, Anticausal) and system.strict
-        backwards = isinstance(system, Anticausal)
-        y, state = _scan_one(recurrence, u, backend, chunk, backwards=backwards, strict=strict)
-        y = y.squeeze(3) if recurrence.n_output == 1 else y
+    run = _Run("dsf.scan", backend, chunk)
+    run.check(system, values, allow_nonfinite)
+    y, state = _scan(run, system, values)
     return (y, state) if return_state else y
 
 
-def step(recurrence: Recurrence, values: Tensor, state: Tensor | None = None) -> tuple:
+def step(
+    system: Recurrence | Gated, values: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One token: y_t and h_t from u_t and h_{t-1}, in constant memory.
 
-    `recurrence` has length 1 (see `Recurrence.time_slice`); values (batch, head, input, channel),
+    `system` has length 1 (see `Recurrence.time_slice`); values (batch, head, input, channel),
     the input axis left out when it is 1; state (batch, head, state, channel) or None for
-    `recurrence.initial_state` or zero. Returns y (batch, head, output, channel) and the new state.
+    `initial_state` or zero. Returns y (batch, head, output, channel), the output axis left out
+    when it is 1, and the new state. Raises as `scan`; DsfTypeError on a system that looks ahead.
     """
-    start = recurrence if state is None else recurrence.replace(initial_state=state)
-    y, new = scan(start, values.unsqueeze(1), return_state=True)
+    inner = system.system if isinstance(system, Gated) else system
+    if not isinstance(inner, Recurrence):
+        raise DsfTypeError(
+            f"dsf.step: system: expected a causal dsf.Recurrence, gated or not, got {type(inner)}."
+        )
+    start = inner if state is None else inner.replace(initial_state=state)
+    whole = Gated(start, system.gate) if isinstance(system, Gated) else start
+    run = _Run("dsf.step", "auto", None)
+    u = values.unsqueeze(1)
+    run.check(whole, u)
+    y, new = _scan(run, whole, u)
     return y.squeeze(1), new
+
+
+# -- any system --------------------------------------------------------------------------------
+
+
+class _Run(NamedTuple):
+    """How one call wants its scans."""
+
+    function: str
+    backend: Backend
+    chunk: int | None
+
+    def check(self, system: System, values: Tensor, allow_nonfinite: bool = False) -> None:
+        """Refuse what cannot be run, before any work."""
+        if self.backend not in ("auto", "reference", "chunked", "triton"):
+            raise DsfValueError(
+                f"{self.function}: backend: expected auto, reference, chunked or triton, got "
+                f"{self.backend!r}."
+            )
+        if self.chunk is not None and self.chunk < 1:
+            raise DsfValueError(
+                f"{self.function}: chunk: expected a positive length, got {self.chunk}."
+            )
+        check_run(self.function, system, values, allow_nonfinite=allow_nonfinite)
+
+
+def _scan(run: _Run, system: System, values: Tensor) -> tuple[Tensor, Any]:
+    if isinstance(system, Gated):
+        y, state = _scan(run, system.system, values)
+        gate = system.gate if y.ndim == 4 else system.gate.unsqueeze(3)
+        return gate * y, state
+    if isinstance(system, Bidirectional):
+        one, two = system.causal, system.anticausal.recurrence
+        parts = (one.initial_state, two.initial_state, two.D)
+        if system.is_one_map and run.backend != "reference" and parts == (None, None, None):
+            y, state = _scan_part(run, one, values, "full")
+            return y, (state, state)
+        y1, s1 = _scan_part(run, one, values, "causal")
+        y2, s2 = _scan(run, system.anticausal, values)
+        return y1 + y2, (s1, s2)
+    if isinstance(system, Anticausal):
+        part: Part = "strict" if system.strict else "anticausal"
+        return _scan_part(run, system.recurrence, values, part)
+    return _scan_part(run, system, values, "causal")
+
+
+def _scan_part(run: _Run, r: Recurrence, values: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    u = check_values(run.function, r, values)
+    y, state = run_one(r, u, run.backend, run.chunk, part)
+    return (y.squeeze(3) if r.n_output == 1 else y), state
 
 
 # -- one recurrence ----------------------------------------------------------------------------
 
 
-def _scan_one(
-    r: Recurrence, u: Tensor, backend: Backend, chunk: int | None, *, backwards: bool, strict: bool
-) -> tuple[Tensor, Tensor]:
+def run_one(
+    r: Recurrence,
+    values: Inexact[Tensor, "batch time head input channel"],
+    backend: Backend = "auto",
+    chunk: int | None = None,
+    part: Part = "causal",
+) -> tuple[
+    Inexact[Tensor, "batch time head output channel"], Inexact[Tensor, "batch head state channel"]
+]:
+    """y and the last state of one recurrence, without checks; every axis of `values` in full.
+
+    `part`: "causal" runs forwards, "anticausal" backwards, "strict" backwards without the token
+    itself; "full" reads a cache that is filled already.
+    """
     if backend == "reference":
-        r, u = r.to(torch.float64), u.to(torch.complex128 if u.is_complex() else torch.float64)
-    out_dtype = torch.promote_types(r.dtype, u.dtype)
-    dtype = torch.promote_types(out_dtype, torch.float32)
-    state = _initial_state(r, u, dtype)
-    rows = isinstance(r.C, MixingRows) and isinstance(r.B, OneHot) and isinstance(r.A, Identity)
-    if rows and backend != "reference":
-        y, state = _mix_rows(r, u.to(dtype), state, backwards=backwards, strict=strict)
+        r, values = r.to(torch.float64), values.to(_in_float64(values.dtype))
+    wanted = torch.promote_types(r.dtype, values.dtype)
+    dtype = torch.promote_types(wanted, torch.float32)
+    r, u = r.to(real_dtype(dtype)), values.to(dtype)
+    state = _initial_state(r, u)
+    if is_cache(r) and backend != "reference":
+        y, state = _mix_cache(r, u, state, part, fused=backend == "auto")
     else:
-        r = r.dense_factors()
-        u = u.to(dtype)
-        run, v = (r.flip_time(), u.flip(1)) if backwards else (r, u)
-        if strict and backend == "reference":
-            y, state = _strict_loop(run.A, run.B, run.C, v, state)
-        else:
-            y, state = _run(run, v, state, backend, chunk)
-        y = y.flip(1) if backwards else y
-        if strict and backend != "reference":
-            y = y - mm(r.C, mm(r.B, u))  # the token's own term
-    if r.real_output:
-        y = y.real if y.is_complex() else y
+        y, state = _run_dense(r, u, state, backend, chunk, part)
     if r.D is not None:
         y = y + mm(r.D, u)
-    return (y if y.dtype == out_dtype or r.real_output else y.to(out_dtype)), state
+    if r.real_output:
+        return (y.real if y.is_complex() else y).to(real_dtype(wanted)), state
+    return y.to(wanted), state
 
 
-def _run(r: Recurrence, u: Tensor, state: Tensor, backend: Backend, chunk: int | None) -> tuple:
-    if backend == "triton":
-        kernel = getattr(r.A, "scan_triton", None)
-        if kernel is None or not u.is_cuda:
-            raise DsfUnsupportedError(
-                f"dsf.scan: backend: structure {r.structure!r} on {u.device} has no Triton kernel. "
-                f"Use backend='chunked'."
-            )
-        return kernel(r.B, r.C, u, state)
-    if backend == "reference":
-        return loop(r.A, r.B, r.C, u, state)
-    return r.A.scan_chunked(r.B, r.C, u, state, chunk)
+def _in_float64(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64
 
 
-def _strict_loop(A: Transition, B: Tensor, C: Tensor, values: Tensor, state: Tensor) -> tuple:
-    outputs = []
-    for t in range(values.shape[1]):
-        carried = A.at(t).apply(state)
-        outputs.append(mm(C[:, t if C.shape[1] > 1 else 0], carried))
-        state = carried + mm(B[:, t if B.shape[1] > 1 else 0], values[:, t])
-    if not outputs:
-        return values.new_zeros(*values.shape[:3], C.shape[-2], values.shape[-1]), state
-    return torch.stack(outputs, dim=1), state
-
-
-def _initial_state(r: Recurrence, u: Tensor, dtype: torch.dtype) -> Tensor:
+def _initial_state(r: Recurrence, u: Tensor) -> Tensor:
     shape = (u.shape[0], u.shape[2], r.n_state, u.shape[-1])
     if r.initial_state is None:
-        return torch.zeros(shape, dtype=dtype, device=u.device)
-    return r.initial_state.to(dtype).expand(shape)
+        return torch.zeros(shape, dtype=u.dtype, device=u.device)
+    return r.initial_state.to(u.dtype).expand(shape)
 
 
-def _mix_rows(r: Recurrence, u: Tensor, state: Tensor, *, backwards: bool, strict: bool) -> tuple:
-    """A cache read by map rows: what slot s holds at step t is its start value plus u_s if seen."""
-    rows, slots = r.C, r.B
-    assert isinstance(rows, MixingRows) and isinstance(slots, OneHot)
+def _run_dense(
+    r: Recurrence, u: Tensor, state: Tensor, backend: Backend, chunk: int | None, part: Part
+) -> tuple[Tensor, Tensor]:
+    if part == "causal":
+        B, C = r.dense_input_output()
+        return _run(r.A, B, C, u, state, backend, chunk)
+    r = r.flip_time()
+    B, C = r.dense_input_output()
+    run = _run_strict if part == "strict" else _run
+    y, state = run(r.A, B, C, u.flip(1), state, backend, chunk)
+    return y.flip(1), state
+
+
+def _run(
+    A: Transition, B: Tensor, C: Tensor, u: Tensor, state: Tensor, backend: Backend,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if backend == "reference" or u.shape[1] == 1:
+        return loop(A, B, C, u, state)
+    if backend != "triton":
+        return A.scan_chunked(B, C, u, state, chunk)
+    kernel = getattr(A, "scan_triton", None)
+    if kernel is None or not u.is_cuda:
+        raise DsfUnsupportedError(
+            f"dsf.scan: backend: structure {A.structure!r} on {u.device} has no Triton kernel. "
+            f"Use backend='chunked'."
+        )
+    return kernel(B, C, u, state)
+
+
+def _run_strict(
+    A: Transition, B: Tensor, C: Tensor, u: Tensor, state: Tensor, backend: Backend,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y_t = (C_t A_t) h_{t-1}: the states of one step before, read through C_t A_t.
+
+    Nothing is subtracted, so the token's own entry of the map is an exact zero.
+    """
+    last = u.shape[1] - 1
+    if last < 0:
+        return _run(A, B, C, u, state, backend, chunk)
+    C = A.apply_transposed(C.mT).mT
+    first = mm(C[:, 0], state)
+
+    def cut(x: Tensor, start: int, stop: int) -> Tensor:
+        return x[:, start:stop] if x.shape[1] > 1 else x
+
+    rest, state = _run(
+        A.time_slice(0, last), cut(B, 0, last), cut(C, 1, last + 1), u[:, :last], state,
+        backend, chunk,
+    )  # fmt: skip
+    state = A.at(-1).apply(state) + mm(B[:, -1], u[:, -1])
+    return torch.cat([first[:, None], rest], dim=1), state
+
+
+def _mix_cache(
+    r: Recurrence, u: Tensor, state: Tensor, part: Part, *, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """A cache read by map rows: slot s holds its start value, plus u_s once that is written."""
+    rows, slots = cast(MixingRows, r.C), cast(OneHot, r.B)
     written = u.squeeze(3).transpose(1, 2)
     pad = (0, 0, slots.offset, slots.n_slot - slots.offset - slots.length)
     cache = torch.nn.functional.pad(written, pad)
-    everything_seen = rows.causal and not backwards
-    if everything_seen:
-        y = rows.mix(state + cache)
+    filled = state + cache
+    # causal rows read no slot that is still empty, so that nothing needs to be masked
+    seen = part == "causal" and rows.causal and rows.query_start <= slots.offset
+    if seen or part == "full":
+        y = rows.mix(filled) if fused else rows.mix_part(filled, "full", 0)
     else:
-        y = _masked_mix(rows, state, cache, slots.offset, backwards=backwards, strict=strict)
-    return y.transpose(1, 2).unsqueeze(3), state + cache
-
-
-def _masked_mix(
-    rows: MixingRows, state: Tensor, cache: Tensor, offset: int, *, backwards: bool, strict: bool
-) -> Tensor:
-    length, n_key = rows.shape[1], rows.n_key
-    block = max(1, 2**22 // max(n_key, 1))
-    position = torch.arange(n_key, device=cache.device) - offset
-    out = []
-    for t in range(0, length, block):
-        stop = min(t + block, length)
-        weights = rows.tile(slice(t, stop), slice(0, n_key)).to(cache.dtype)
-        query = torch.arange(t, stop, device=cache.device)[:, None]
-        seen = position <= query
-        if backwards:
-            seen = position > query if strict else position >= query
-        out.append(weights * seen @ cache + weights @ state)
-    return torch.cat(out, 2) if out else cache[:, :, :0]
-
-
-def _scan_bidirectional(
-    system: Bidirectional, values: Tensor, backend: Backend, chunk: int | None, nonfinite: bool
-) -> tuple[Tensor, tuple]:
-    causal, other = system.causal, system.anticausal.recurrence
-    if (
-        isinstance(causal.C, MixingRows)
-        and causal.C is other.C
-        and system.anticausal.strict
-        and (
-            backend != "reference" and causal.initial_state is None and other.initial_state is None
-        )
-    ):
-        full = causal.replace(C=_Everything(causal.C))
-        y, state = scan(full, values, backend, True, allow_nonfinite=nonfinite)  # type: ignore[misc]
-        return y, (state, state)
-    y1, s1 = scan(causal, values, backend, True, chunk=chunk, allow_nonfinite=nonfinite)  # type: ignore[misc]
-    y2, s2 = scan(system.anticausal, values, backend, True, chunk=chunk, allow_nonfinite=nonfinite)  # type: ignore[misc]
-    return y1 + y2, (s1, s2)
-
-
-class _Everything(MixingRows):
-    """The rows of a full map, read in one pass: both halves of a Bidirectional at once."""
-
-    causal = True  # nothing needs masking: every slot is filled before it is read
-
-    def __init__(self, rows: MixingRows) -> None:
-        self.rows, self.shape = rows, rows.shape
-
-    def tile(self, queries: slice, keys: slice) -> Tensor:
-        return self.rows.tile(queries, keys)
-
-    def mix(self, values: Tensor) -> Tensor:
-        return self.rows.mix(values)
-
-
-# -- checks ------------------------------------------------------------------------------------
-
-
-def check_values(function: str, r: Recurrence, values: Tensor) -> Tensor:
-    """`values` with its input axis, or an error that names the axes (before any work)."""
-    if not isinstance(r, Recurrence):
-        raise DsfTypeError(f"{function}: system: expected a dsf system, got {type(r)}.")
-    if not isinstance(values, Tensor):
-        raise DsfTypeError(f"{function}: values: expected torch.Tensor, got {type(values)}.")
-    if not (values.is_floating_point() or values.is_complex()):
-        raise DsfTypeError(
-            f"{function}: values: expected a floating dtype, got {values.dtype}. Call .double()."
-        )
-    u = values.unsqueeze(3) if values.ndim == 4 and r.n_input == 1 else values
-    batch, length, head = r.lead_shape()
-    sizes = [batch, length, head, r.n_input]
-    expected = named_sizes(VALUE_AXES, [*sizes, "any"])  # type: ignore[list-item]
-    if (
-        u.ndim != 5
-        or u.shape[3] != r.n_input
-        or any(
-            want not in (1, got) and (axis == 1 or got != 1)
-            for axis, (want, got) in enumerate(zip(sizes[:3], u.shape[:3], strict=True))
-        )
-    ):
-        raise DsfShapeError(
-            f"{function}: values: expected axes {expected}, got {tuple(values.shape)}; "
-            f"sizes are fixed by the recurrence (1 stands for any, the input axis may be left out "
-            f"when it is 1)."
-        )
-    h0 = r.initial_state
-    if h0 is not None and h0.shape[3] not in (1, u.shape[4]):
-        raise DsfShapeError(
-            f"{function}: initial_state: expected channel={u.shape[4]}, got {h0.shape[3]}; channel "
-            f"is fixed by the values."
-        )
-    if u.device != r.device and r.device.type != "cpu":
-        raise DsfShapeError(f"{function}: values: expected on {r.device}, got {u.device}.")
-    full = [max(want, got) if axis != 1 else got
-            for axis, (want, got) in enumerate(zip(sizes[:3], u.shape[:3], strict=True))]  # fmt: skip
-    return u.expand(*full, *u.shape[3:])
-
-
-def _is_traced() -> bool:
-    """Under compile, vmap or grad transforms a look at the numbers is impossible."""
-    inside = torch._C._functorch.maybe_current_level() is not None
-    return torch.compiler.is_compiling() or inside
-
-
-def _refuse_nonfinite(r: Recurrence, values: Tensor) -> None:
-    if not bool(torch.isfinite(values).all()):
-        raise DsfValueError(
-            "dsf.scan: values: expected finite numbers, got NaN or infinity. "
-            "Pass allow_nonfinite=True to let them through."
-        )
-    r.validate()
+        y = rows.mix_part(cache, part, slots.offset)
+        if r.initial_state is not None:
+            y = y + rows.mix_part(state, "full", 0)
+    return y.transpose(1, 2).unsqueeze(3), filled

@@ -1,4 +1,4 @@
-"""Shape annotations: jaxtyping's where it is installed (tests check them), plain text elsewhere."""
+"""Shape annotations: jaxtyping's where installed (tests check them), plain text elsewhere."""
 
 from __future__ import annotations
 

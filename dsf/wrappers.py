@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Self
+from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from dsf.errors import DsfShapeError
+from dsf.factors import MixingRows, OneHot
 from dsf.recurrence import Recurrence
+from dsf.shapes import Inexact
+from dsf.transitions import Identity
 from dsf.transitions._base import register, static
 
 
@@ -40,9 +42,20 @@ class Bidirectional:
     anticausal: Anticausal
 
     @classmethod
-    def from_rows(cls, recurrence: Recurrence) -> Self:
-        """Both halves of one full map whose rows are C (softmax of an encoder)."""
-        return cls(recurrence, Anticausal(recurrence, strict=True))
+    def from_rows(cls, recurrence: Recurrence) -> Bidirectional:
+        """Both halves of one full map whose rows are C (softmax of an encoder).
+
+        D and the initial state stay with the causal half, so that each counts once.
+        """
+        later = recurrence.replace(D=None, initial_state=None)
+        return cls(recurrence, Anticausal(later, strict=True))
+
+    @property
+    def is_one_map(self) -> bool:
+        """Whether the halves share their rows, so that one pass over the full map gives both."""
+        one, two = self.causal, self.anticausal.recurrence
+        caches = self.anticausal.strict and is_cache(one) and is_cache(two)
+        return caches and one.C is two.C and bool(one.B == two.B)
 
 
 @register
@@ -57,7 +70,7 @@ class Gated:
     gate: Tensor
 
 
-System = Recurrence | Anticausal | Bidirectional | Gated
+System: TypeAlias = Recurrence | Anticausal | Bidirectional | Gated
 """Anything that `dsf.scan` runs and `dsf.materialise` draws."""
 
 
@@ -70,7 +83,23 @@ def core(system: System) -> Recurrence:
     return system.recurrence if isinstance(system, Anticausal) else system
 
 
-def gated(gate: Tensor, system: System) -> System:
+def is_cache(recurrence: Recurrence) -> bool:
+    """Whether the state is a cache of values read by the rows of a map: attention as it is."""
+    r = recurrence
+    rows, slots = isinstance(r.C, MixingRows), isinstance(r.B, OneHot)
+    return rows and slots and isinstance(r.A, Identity)
+
+
+def recurrences(system: System) -> list[Recurrence]:
+    """Every recurrence inside, the causal one first."""
+    if isinstance(system, Gated):
+        return recurrences(system.system)
+    if isinstance(system, Bidirectional):
+        return [system.causal, system.anticausal.recurrence]
+    return [system.recurrence if isinstance(system, Anticausal) else system]
+
+
+def gated(gate: Inexact[Tensor, "*shape"], system: System) -> System:
     """A per-token factor on the output: gate (batch, time, head, channel or 1).
 
     A gate shared by all channels goes into C and D of a recurrence with dense C; any other keeps
@@ -81,7 +110,8 @@ def gated(gate: Tensor, system: System) -> System:
             f"dsf.gated: gate: expected axes (batch, time, head, channel), "
             f"got {tuple(gate.shape)}."
         )
-    if gate.shape[-1] == 1 and isinstance(system, Recurrence) and isinstance(system.C, Tensor):
+    shared = gate.shape[-1] == 1 and not gate.is_complex()  # Re(g C h) is not g Re(C h)
+    if shared and isinstance(system, Recurrence) and isinstance(system.C, Tensor):
         D = None if system.D is None else gate[..., None] * system.D
         return system.replace(C=gate[..., None] * system.C, D=D)
     if isinstance(system, Gated):
@@ -95,10 +125,21 @@ def anticausal(recurrence: Recurrence, *, strict: bool = False) -> Anticausal:
 
 
 def total_length(system: System, values: Tensor | None = None) -> int:
-    """Number of steps, taken from the values when every coefficient is time-invariant."""
-    length = core(system).length
+    """Number of steps, taken from the values when every coefficient is time-invariant.
+
+    Raises DsfShapeError when the parts of the system do not agree.
+    """
+    lengths = {"recurrence": core(system).length}
     if isinstance(system, Gated):
-        length = max(length, system.gate.shape[1])
+        lengths["gate"] = system.gate.shape[1]
+        system = system.system
     if isinstance(system, Bidirectional):
-        length = max(length, system.anticausal.recurrence.length)
-    return length if values is None or length != 1 else int(torch.Size(values.shape)[1])
+        lengths["anticausal"] = system.anticausal.recurrence.length
+    fixed = {n for n in lengths.values() if n != 1}
+    if len(fixed) > 1:
+        raise DsfShapeError(
+            f"dsf.Recurrence: time: expected one length in all parts, got {lengths}."
+        )
+    if fixed:
+        return fixed.pop()
+    return 1 if values is None else int(values.shape[1])

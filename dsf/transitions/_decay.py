@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Self
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from dsf.transitions._base import Transition
+from dsf.shapes import Float, Inexact
+from dsf.transitions._base import Transition, is_traced
+
+Parts = tuple[Tensor, Tensor | None, Tensor | None]
+"""log_decay, sign, phase."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,41 +32,46 @@ class Decay(Transition):
         """Whether a phase is present."""
         return self.phase is not None
 
-    def decay(self) -> Tensor:
-        """The numbers themselves."""
+    def decay(self) -> Inexact[Tensor, "*shape"]:
+        """The numbers themselves, in the shape of `log_decay`."""
         modulus = torch.exp(self.log_decay)
         if self.sign is not None:
             modulus = modulus * self.sign
-        return modulus if self.phase is None else torch.polar(torch.ones_like(
-            self.phase), self.phase) * modulus  # fmt: skip
+        if self.phase is None:
+            return modulus
+        # complex numbers need parts of 32 bits at least
+        phase = self.phase.to(torch.promote_types(self.phase.dtype, torch.float32))
+        return torch.polar(torch.ones_like(phase), phase) * modulus
 
-    def _product(self, earlier: Self) -> dict[str, Tensor | None]:
-        return {
-            "log_decay": self.log_decay + earlier.log_decay,
-            "sign": _join(self.sign, earlier.sign, torch.mul),
-            "phase": _join(self.phase, earlier.phase, torch.add),
-        }
+    def _product(self, earlier: Decay) -> Parts:
+        return (
+            self.log_decay + earlier.log_decay,
+            _join(self.sign, earlier.sign, torch.mul),
+            _join(self.phase, earlier.phase, torch.add),
+        )
 
 
-def _join(a: Tensor | None, b: Tensor | None, op: object) -> Tensor | None:
+def _join(a: Tensor | None, b: Tensor | None, op: Callable[..., Tensor]) -> Tensor | None:
     if a is None:
         return b
-    return a if b is None else op(a, b)  # type: ignore[operator]
+    return a if b is None else op(a, b)
 
 
-def split_decay(decay: Tensor) -> dict[str, Tensor | None]:
+def split_decay(decay: Inexact[Tensor, "*shape"]) -> Parts:
     """`log_decay`, `sign`, `phase` of given decay numbers, exact zeros and negatives included.
 
+    Without negatives the sign is None (where the numbers cannot be looked at it is always there).
     The gradient with respect to a decay of exactly zero is taken as zero: its logarithm has none.
     """
     if decay.is_complex():
-        modulus = decay.abs()
-        return {"log_decay": _safe_log(modulus), "sign": None, "phase": torch.angle(decay)}
+        return _safe_log(decay.abs()), None, torch.angle(decay)
     negative = decay.detach() < 0
-    sign = torch.where(negative, -1.0, 1.0).to(decay.dtype) if bool(negative.any()) else None
-    return {"log_decay": _safe_log(decay.abs()), "sign": sign, "phase": None}
+    sign = None
+    if is_traced() or bool(negative.any()):
+        sign = torch.where(negative, -1.0, 1.0).to(decay.dtype)
+    return _safe_log(decay.abs()), sign, None
 
 
-def _safe_log(modulus: Tensor) -> Tensor:
+def _safe_log(modulus: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     zero = modulus == 0
     return torch.log(torch.where(zero, 1.0, modulus)).masked_fill(zero, -torch.inf)

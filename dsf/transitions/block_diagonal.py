@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from dsf.shapes import Inexact
 from dsf.transitions._base import Transition, mm, register, static
 
 
@@ -20,6 +21,7 @@ class BlockDiagonal(Transition):
     """
 
     structure: ClassVar[str] = "block_diagonal"
+    own_axes: ClassVar[dict[str, tuple[str, ...]]] = {"blocks": ("block", "size", "size")}
     blocks: Tensor
     n_block: int = static()
 
@@ -28,11 +30,15 @@ class BlockDiagonal(Transition):
         """Number of states: n_block times the block size."""
         return self.n_block * self.blocks.shape[-1]
 
-    def apply(self, state: Tensor) -> Tensor:
+    def apply(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """Each block on its own states."""
         return self._apply(self.blocks, state)
 
-    def apply_transposed(self, state: Tensor) -> Tensor:
+    def apply_transposed(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """Each transposed block on its own states."""
         return self._apply(self.blocks.mT, state)
 
@@ -40,11 +46,21 @@ class BlockDiagonal(Transition):
         split = state.unflatten(-2, (self.n_block, self.blocks.shape[-1]))
         return mm(blocks, split).flatten(-3, -2)
 
-    def compose(self, earlier: Self) -> Transition:
+    def compose(self, earlier: BlockDiagonal) -> Transition:
         """Block by block; unequal block sizes meet at dense."""
         if self.blocks.shape[-1] != earlier.blocks.shape[-1]:
             return self.widen().compose(earlier.widen())
         return BlockDiagonal(mm(self.blocks, earlier.blocks), self.n_block)
+
+    def shape_faults(self) -> list[str]:
+        """Besides the axes: one block shared by all, or n_block of them."""
+        faults = super().shape_faults()
+        if not faults and self.blocks.shape[-3] not in (1, self.n_block):
+            faults = [
+                f"A.blocks: expected block={self.n_block} or 1, got {tuple(self.blocks.shape)}; "
+                f"block is fixed by n_block."
+            ]
+        return faults
 
     def widen(self) -> Transition:
         """Dense."""
@@ -52,7 +68,7 @@ class BlockDiagonal(Transition):
 
         return Dense(self.as_dense())
 
-    def as_dense(self) -> Tensor:
+    def as_dense(self) -> Inexact[Tensor, "*lead state state"]:
         """(batch, time, head, state, state)."""
         size, lead = self.blocks.shape[-1], self.blocks.shape[:-3]
         full = self.blocks.new_zeros(*lead, self.n_block, size, self.n_block, size)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from torch import Tensor
 
+from dsf.shapes import Inexact
 from dsf.transitions._base import Transition, mm, register
 
 
@@ -16,6 +17,8 @@ class Dense(Transition):
     """Any matrix, (batch, time, head, state, state). Cost per step: state squared per channel."""
 
     structure: ClassVar[str] = "dense"
+    own_axes: ClassVar[dict[str, tuple[str, ...]]] = {"matrix": ("state", "state")}
+    generality: ClassVar[int] = 4
     matrix: Tensor
 
     @property
@@ -23,22 +26,26 @@ class Dense(Transition):
         """Number of states."""
         return self.matrix.shape[-1]
 
-    def apply(self, state: Tensor) -> Tensor:
+    def apply(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """A h."""
         return mm(self.matrix, state)
 
-    def apply_transposed(self, state: Tensor) -> Tensor:
+    def apply_transposed(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """A^T h."""
         return mm(self.matrix.mT, state)
 
-    def compose(self, earlier: Self) -> Self:
+    def compose(self, earlier: Dense) -> Dense:
         """Matrix product."""
-        return type(self)(mm(self.matrix, earlier.matrix))
+        return Dense(mm(self.matrix, earlier.matrix))
 
-    def widen(self) -> Self:
+    def widen(self) -> Dense:
         """Itself."""
         return self
 
-    def as_dense(self) -> Tensor:
+    def as_dense(self) -> Inexact[Tensor, "*lead state state"]:
         """(batch, time, head, state, state)."""
         return self.matrix

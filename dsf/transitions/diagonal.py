@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dsf.shapes import Inexact
 from dsf.transitions._base import Transition, register
 from dsf.transitions._decay import Decay, split_decay
 
@@ -18,28 +19,36 @@ class Diagonal(Decay):
     """diag(a_t) with a = sign * exp(log_decay + i phase), each (batch, time, head, state)."""
 
     structure: ClassVar[str] = "diagonal"
+    own_axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "log_decay": ("state",), "sign": ("state",), "phase": ("state",),
+    }  # fmt: skip
+    generality: ClassVar[int] = 2
 
     @classmethod
-    def from_decay(cls, decay: Tensor) -> Self:
+    def from_decay(cls, decay: Inexact[Tensor, "batch time head state"]) -> Diagonal:
         """From the decay numbers, (batch, time, head, state), real or complex."""
-        return cls(**split_decay(decay))
+        return cls(*split_decay(decay))
 
     @property
     def n_state(self) -> int:  # type: ignore[override]
         """Number of states."""
         return self.log_decay.shape[-1]
 
-    def apply(self, state: Tensor) -> Tensor:
+    def apply(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """a * h."""
         return self.decay()[..., None] * state
 
-    def apply_transposed(self, state: Tensor) -> Tensor:
+    def apply_transposed(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """a * h."""
         return self.apply(state)
 
-    def compose(self, earlier: Self) -> Self:
+    def compose(self, earlier: Diagonal) -> Diagonal:
         """Logs add."""
-        return type(self)(**self._product(earlier))
+        return Diagonal(*self._product(earlier))
 
     def widen(self) -> Transition:
         """Diagonal plus a low-rank part of rank zero."""
@@ -49,7 +58,7 @@ class Diagonal(Decay):
         empty = a.new_zeros(*a.shape, 0)
         return DiagonalLowRank(self.log_decay, self.sign, self.phase, left=empty, right=empty)
 
-    def as_dense(self) -> Tensor:
+    def as_dense(self) -> Inexact[Tensor, "*lead state state"]:
         """(batch, time, head, state, state)."""
         return torch.diag_embed(self.decay())
 

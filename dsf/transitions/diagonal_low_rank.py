@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dsf.shapes import Inexact
 from dsf.transitions._base import Transition, mm, register
 from dsf.transitions._decay import Decay
 
@@ -21,6 +22,10 @@ class DiagonalLowRank(Decay):
     """
 
     structure: ClassVar[str] = "diagonal_low_rank"
+    own_axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "log_decay": ("state",), "sign": ("state",), "phase": ("state",),
+        "left": ("state", "rank"), "right": ("state", "rank"),
+    }  # fmt: skip
     left: Tensor = dataclasses.field(kw_only=True)
     right: Tensor = dataclasses.field(kw_only=True)
 
@@ -34,21 +39,25 @@ class DiagonalLowRank(Decay):
         """Whether the diagonal or the low-rank part is complex."""
         return self.phase is not None or self.left.is_complex() or self.right.is_complex()
 
-    def apply(self, state: Tensor) -> Tensor:
+    def apply(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """a * h - U (V^T h)."""
         return self.decay()[..., None] * state - mm(self.left, mm(self.right.mT, state))
 
-    def apply_transposed(self, state: Tensor) -> Tensor:
+    def apply_transposed(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """a * h - V (U^T h)."""
         return self.decay()[..., None] * state - mm(self.right, mm(self.left.mT, state))
 
-    def compose(self, earlier: Self) -> Self:
+    def compose(self, earlier: DiagonalLowRank) -> DiagonalLowRank:
         """(D2 - U2 V2^T)(D1 - U1 V1^T): ranks add, so long products are better dense."""
         d2, d1 = self.decay()[..., None], earlier.decay()[..., None]
         inner = mm(self.right.mT, earlier.left)
         left = _cat(d2 * earlier.left - mm(self.left, inner), self.left)
         right = _cat(earlier.right, d1 * self.right)
-        return type(self)(**self._product(earlier), left=left, right=right)
+        return DiagonalLowRank(*self._product(earlier), left=left, right=right)
 
     def widen(self) -> Transition:
         """Dense."""
@@ -56,7 +65,7 @@ class DiagonalLowRank(Decay):
 
         return Dense(self.as_dense())
 
-    def as_dense(self) -> Tensor:
+    def as_dense(self) -> Inexact[Tensor, "*lead state state"]:
         """(batch, time, head, state, state)."""
         outer = torch.einsum("...nr,...mr->...nm", self.left, self.right)
         return torch.diag_embed(self.decay()) - outer

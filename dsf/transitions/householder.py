@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dsf.shapes import Inexact
 from dsf.transitions._base import Transition, mm, register
 
 
@@ -20,6 +21,10 @@ class Householder(Transition):
     """
 
     structure: ClassVar[str] = "householder"
+    own_axes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "write_strength": (), "direction": ("state",),
+    }  # fmt: skip
+    generality: ClassVar[int] = 2
     write_strength: Tensor
     direction: Tensor
 
@@ -28,16 +33,20 @@ class Householder(Transition):
         """Number of states."""
         return self.direction.shape[-1]
 
-    def apply(self, state: Tensor) -> Tensor:
+    def apply(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """h - beta k (k^T h)."""
         k = self.direction[..., None]
         return state - self.write_strength[..., None, None] * k * mm(k.mT, state)
 
-    def apply_transposed(self, state: Tensor) -> Tensor:
+    def apply_transposed(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """The matrix is symmetric."""
         return self.apply(state)
 
-    def compose(self, earlier: Self) -> Transition:
+    def compose(self, earlier: Householder) -> Transition:
         """A product of two reflections: rank two off the identity."""
         return self.widen().compose(earlier.widen())
 
@@ -47,11 +56,10 @@ class Householder(Transition):
 
         k = self.direction
         scaled = self.write_strength[..., None] * k
-        return DiagonalLowRank(
-            torch.zeros_like(scaled), left=scaled[..., None], right=k[..., None]
-        )
+        zero = torch.zeros_like(scaled.real)  # a decay's logarithm is real, also for complex k
+        return DiagonalLowRank(zero, left=scaled[..., None], right=k[..., None])
 
-    def as_dense(self) -> Tensor:
+    def as_dense(self) -> Inexact[Tensor, "*lead state state"]:
         """(batch, time, head, state, state)."""
         eye = torch.eye(self.n_state, dtype=self.direction.dtype, device=self.direction.device)
         outer = torch.einsum("...n,...m->...nm", self.direction, self.direction)
@@ -63,4 +71,4 @@ class Householder(Transition):
         """Chunks in the WY form, with the unit diagonal left out."""
         from dsf.chunked import scan_diagonal_low_rank
 
-        return scan_diagonal_low_rank(self.widen(), B, C, values, state, chunk)
+        return scan_diagonal_low_rank(self, B, C, values, state, chunk)

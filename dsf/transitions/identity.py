@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dsf.shapes import Inexact
 from dsf.transitions._base import Transition, register, static
 
 
@@ -17,17 +18,22 @@ class Identity(Transition):
     """The n_state x n_state identity. It holds no tensor and costs nothing to apply."""
 
     structure: ClassVar[str] = "identity"
+    generality: ClassVar[int] = 0
     n_state: int = static()
 
-    def apply(self, state: Tensor) -> Tensor:
+    def apply(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """h."""
         return state
 
-    def apply_transposed(self, state: Tensor) -> Tensor:
+    def apply_transposed(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """h."""
         return state
 
-    def compose(self, earlier: Self) -> Self:
+    def compose(self, earlier: Identity) -> Identity:
         """I I = I."""
         return self
 
@@ -37,7 +43,7 @@ class Identity(Transition):
 
         return Scalar(torch.zeros(1, 1, 1), n_state=self.n_state)
 
-    def as_dense(self) -> Tensor:
+    def as_dense(self) -> Inexact[Tensor, "*lead state state"]:
         """(1, 1, 1, state, state)."""
         return torch.eye(self.n_state, dtype=torch.float64)[None, None, None]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dsf.shapes import Inexact
 from dsf.transitions._base import Transition, register, static
 from dsf.transitions._decay import Decay, split_decay
 
@@ -18,35 +19,43 @@ class Scalar(Decay):
     """a_t I with a = sign * exp(log_decay + i phase), each (batch, time, head)."""
 
     structure: ClassVar[str] = "scalar"
+    own_axes: ClassVar[dict[str, tuple[str, ...]]] = {"log_decay": (), "sign": (), "phase": ()}
+    generality: ClassVar[int] = 1
     n_state: int = static(kw_only=True)
 
     @classmethod
-    def from_decay(cls, decay: Tensor, n_state: int) -> Self:
+    def from_decay(cls, decay: Inexact[Tensor, "batch time head"], n_state: int) -> Scalar:
         """From the decay numbers, (batch, time, head), real or complex."""
-        return cls(**split_decay(decay), n_state=n_state)
+        return cls(*split_decay(decay), n_state=n_state)
 
-    def apply(self, state: Tensor) -> Tensor:
+    def apply(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """a h."""
         return self.decay()[..., None, None] * state
 
-    def apply_transposed(self, state: Tensor) -> Tensor:
+    def apply_transposed(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """a h."""
         return self.apply(state)
 
-    def compose(self, earlier: Self) -> Self:
+    def compose(self, earlier: Scalar) -> Scalar:
         """Logs add."""
-        return type(self)(**self._product(earlier), n_state=self.n_state)
+        return Scalar(*self._product(earlier), n_state=self.n_state)
 
     def widen(self) -> Transition:
         """The same number on every state."""
         from dsf.transitions.diagonal import Diagonal
 
-        def spread(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[..., None].expand(*x.shape, self.n_state)
+        def spread(x: Tensor) -> Tensor:
+            return x[..., None].expand(*x.shape, self.n_state)
 
-        return Diagonal(spread(self.log_decay), spread(self.sign), spread(self.phase))  # type: ignore[arg-type]
+        sign = None if self.sign is None else spread(self.sign)
+        phase = None if self.phase is None else spread(self.phase)
+        return Diagonal(spread(self.log_decay), sign, phase)
 
-    def as_dense(self) -> Tensor:
+    def as_dense(self) -> Inexact[Tensor, "*lead state state"]:
         """(batch, time, head, state, state)."""
         a = self.decay()
         eye = torch.eye(self.n_state, dtype=a.dtype, device=a.device)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dsf.shapes import Inexact
 from dsf.transitions._base import Transition, register, static
 
 
@@ -20,21 +21,24 @@ class Shift(Transition):
     n_state: int = static()
     amount: int = static(default=1)
 
-    def apply(self, state: Tensor) -> Tensor:
+    def apply(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """States moved down by `amount`."""
-        kept = state[..., : max(self.n_state - self.amount, 0), :]
-        return torch.cat([torch.zeros_like(state)[..., : self.n_state - kept.shape[-2], :], kept],
-                         dim=-2)  # fmt: skip
+        moved = min(self.amount, self.n_state)
+        kept = state[..., : self.n_state - moved, :]
+        return torch.cat([torch.zeros_like(state[..., :moved, :]), kept], dim=-2)
 
-    def apply_transposed(self, state: Tensor) -> Tensor:
+    def apply_transposed(
+        self, state: Inexact[Tensor, "*lead state channel"]
+    ) -> Inexact[Tensor, "*all state channel"]:
         """States moved up by `amount`."""
-        kept = state[..., min(self.amount, self.n_state) :, :]
-        return torch.cat([kept, torch.zeros_like(state)[..., : self.n_state - kept.shape[-2], :]],
-                         dim=-2)  # fmt: skip
+        moved = min(self.amount, self.n_state)
+        return torch.cat([state[..., moved:, :], torch.zeros_like(state[..., :moved, :])], dim=-2)
 
-    def compose(self, earlier: Self) -> Self:
+    def compose(self, earlier: Shift) -> Shift:
         """Amounts add."""
-        return type(self)(self.n_state, self.amount + earlier.amount)
+        return Shift(self.n_state, self.amount + earlier.amount)
 
     def widen(self) -> Transition:
         """Dense."""
@@ -42,9 +46,24 @@ class Shift(Transition):
 
         return Dense(self.as_dense())
 
-    def as_dense(self) -> Tensor:
+    def shape_faults(self) -> list[str]:
+        """A shift goes forwards: amount at least 0."""
+        if self.amount >= 0:
+            return []
+        return [f"A.amount: expected at least 0, got {self.amount}."]
+
+    def as_dense(self) -> Inexact[Tensor, "*lead state state"]:
         """(1, 1, 1, state, state)."""
-        ones = torch.ones(max(self.n_state - self.amount, 0), dtype=torch.float64)
-        if self.amount >= self.n_state:
-            return torch.zeros(1, 1, 1, self.n_state, self.n_state, dtype=torch.float64)
-        return torch.diag_embed(ones, offset=-self.amount)[None, None, None]
+        row = torch.arange(self.n_state)
+        ones = row[:, None] - row == self.amount
+        return ones.to(torch.float64)[None, None, None]
+
+    def scan_chunked(
+        self, B: Any, C: Any, values: Tensor, state: Tensor, chunk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A short convolution, one product per lag; the loop for as many lags as steps."""
+        from dsf.chunked.shift import scan_shift
+
+        if self.amount == 0 or self.n_state // max(self.amount, 1) > 64:
+            return super().scan_chunked(B, C, values, state, chunk)
+        return scan_shift(self, B, C, values, state)

@@ -1,0 +1,227 @@
+"""The decays inside one chunk: what they do to scores, to the start state, to the end state.
+
+Notation: a_i the decay of step i of the chunk (i = 1..c), D(j, i) = a_{j+1} ... a_i the product
+between steps j and i, D(j, j) = 1, step 0 the state before the chunk. Rules kept by every class:
+no division, no exponential of a positive difference (for decays <= 1), exact zeros are values, and
+the gradient of a_t is a sum over pairs j < t <= i alone, so nothing cancels that a small a_t would
+have to make up for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dsf.chunked.layout import rows, to_chunks, wide
+from dsf.transitions._base import real_dtype
+
+
+class NoDecay:
+    """a = 1."""
+
+    total: Tensor | None = None
+
+    def scores(self, Q: Tensor, K: Tensor) -> Tensor:
+        """Q_i K_j^T for j <= i, else 0: (..., c * output, c * input).
+
+        Q (..., c, output, state), K (..., c, input, state).
+        """
+        return lower(rows(Q) @ rows(K).mT, Q.shape[-2], K.shape[-2])
+
+    def from_start(self, Q: Tensor) -> Tensor:
+        """Q_i D(0, i): how the outputs read the state before the chunk."""
+        return Q
+
+    def to_end(self, K: Tensor) -> Tensor:
+        """D(j, c) K_j: what step j leaves in the state after the chunk."""
+        return K
+
+
+class ScalarDecay:
+    """One number per head: D(j, i) as a c x (c+1) matrix of exponentials of segment sums."""
+
+    def __init__(self, A: Any, chunk: int, dtype: torch.dtype) -> None:
+        log, sign, phase = _parts(A, chunk, dtype)
+        real, far = log.dtype, wide(log.dtype, log.device)
+        segments = _segment_sums(log)
+        between = torch.exp(segments)
+        total = torch.exp(segments[..., -1, 0].to(far))
+        if sign is not None:
+            between = between.masked_fill(_segment_sums((sign == 0).to(real)) > 0, 0.0)
+            running = pad(torch.where(sign == 0, 1.0, sign).cumprod(-1), (1, 0), value=1.0)
+            between = between * (running[..., 1:, None] * running[..., None, :])
+            total = total * sign.prod(-1)
+        if phase is not None:
+            angles = _segment_sums(phase)
+            between = between * unit(angles, real)
+            total = total * unit(angles[..., -1, 0], far)
+        self.between = between
+        self.total = total[..., None, None]
+
+    def scores(self, Q: Tensor, K: Tensor) -> Tensor:
+        """D(j, i) Q_i K_j^T for j <= i, else 0."""
+        n_row, n_col = Q.shape[-2], K.shape[-2]
+        weights = self.between[..., 1:]
+        if n_row > 1 or n_col > 1:
+            weights = weights.repeat_interleave(n_row, -2).repeat_interleave(n_col, -1)
+        return lower(rows(Q) @ rows(K).mT, n_row, n_col) * weights
+
+    def from_start(self, Q: Tensor) -> Tensor:
+        """Q_i D(0, i)."""
+        return Q * self.between[..., :, 0, None, None]
+
+    def to_end(self, K: Tensor) -> Tensor:
+        """D(j, c) K_j."""
+        return K * self.between[..., -1, 1:, None, None]
+
+
+class DiagonalDecay:
+    """One number per state: scores block by block, each about its own middle.
+
+    A block of 2s steps is two halves. A pair j in the left, i in the right half has
+    D(j, i) = D(j, m) D(m, i) with m the last step of the left half: both factors are products of
+    decays, at most 1 in modulus, and reach zero only where the whole does. So the off-diagonal
+    quarter is one matrix product of (Q_i D(m, i)) and (D(j, m) K_j), whatever the decays are,
+    and the two halves are blocks of s steps. log2(c) levels, c a power of two.
+    """
+
+    def __init__(self, A: Any, chunk: int, dtype: torch.dtype) -> None:
+        self.decay, self.start, self.total = running_decays(A, chunk, dtype)
+        log, sign, phase = _parts(A, chunk, dtype)
+        self.end = torch.exp(_left_after(log))
+        if sign is not None:
+            after = pad(sign[..., 1:, :], (0, 0, 0, 1), value=1.0)
+            self.end = self.end * after.flip(-2).cumprod(-2).flip(-2)
+        if phase is not None:
+            self.end = self.end * unit(_left_after(phase), log.dtype)
+
+    def scores(self, Q: Tensor, K: Tensor) -> Tensor:
+        """sum_n Q_in D_n(j, i) K_jn for j <= i, else 0."""
+        n_row, n_col, chunk = Q.shape[-2], K.shape[-2], Q.shape[-3]
+        single = n_row == 1 and n_col == 1
+        S = (Q * K).sum(-1, keepdim=True) if single else Q @ K.mT  # (..., blocks, s, s)
+        right = self.decay.unsqueeze(-2)  # D(m, i), (..., blocks, s, state)
+        left = None  # D(j, m), ones for blocks of one step
+        size = 1
+        while size < chunk:
+            ahead, whole = odd(right), right[..., -1:, :]
+            q = odd(Q.unflatten(-3, (-1, size)), 4) * ahead.unsqueeze(-2)
+            k = even(K.unflatten(-3, (-1, size)), 4)
+            k = k if left is None else k * even(left).unsqueeze(-2)
+            if size == 1 and single:
+                cross = (q * k).sum(-1)
+            else:
+                cross = rows(q) @ rows(k).mT
+            S = assemble(S, cross)
+            size *= 2
+            if size < chunk:
+                right, left = _grow(right, left, whole)
+        return S.squeeze(-3)
+
+    def from_start(self, Q: Tensor) -> Tensor:
+        """Q_i D(0, i)."""
+        return Q * self.start.unsqueeze(-2)
+
+    def to_end(self, K: Tensor) -> Tensor:
+        """D(j, c) K_j."""
+        return K * self.end.unsqueeze(-2)
+
+
+Decays = NoDecay | ScalarDecay | DiagonalDecay
+
+
+def running_decays(A: Any, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """a_i and D(0, i) (batch, chunks, head, c, state), D(0, c) (batch, chunks, head, state, 1).
+
+    D comes from sums of logarithms, so that a decay next to 1 does not lose by being rounded once
+    a step; D(0, c) is in twice the precision.
+    """
+    log, sign, phase = _parts(A, chunk, dtype)
+    real, far = log.dtype, wide(log.dtype, log.device)
+    decay, start = torch.exp(log), torch.exp(log.cumsum(-2))
+    total = torch.exp(log.sum(-2).to(far))
+    if sign is not None:
+        decay, start, total = decay * sign, start * sign.cumprod(-2), total * sign.prod(-2)
+    if phase is not None:
+        decay = decay * unit(phase.to(real), real)
+        start = start * unit(phase.cumsum(-2), real)
+        total = total * unit(phase.sum(-2), far)
+    return decay, start, total[..., None]
+
+
+def _parts(A: Any, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """log_decay, sign (without gradient) and phase (in twice the precision), cut into chunks."""
+    real = real_dtype(dtype)
+    far = wide(real, A.log_decay.device)
+    log, sign, phase = (
+        None if x is None else to_chunks(x, chunk).to(kind).contiguous()
+        for x, kind in ((A.log_decay, real), (A.sign, real), (A.phase, far))
+    )
+    assert log is not None
+    return log, None if sign is None else sign.detach(), phase
+
+
+def _left_after(x: Tensor) -> Tensor:
+    """x_{j+1} + ... + x_c, summed from the end: no difference of running sums."""
+    return pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+
+
+def lower(S: Tensor, n_row: int, n_col: int) -> Tensor:
+    """Zero above the diagonal of blocks n_row x n_col, whatever stood there."""
+    if n_row == 1 and n_col == 1:
+        return torch.tril(S)
+    step = torch.arange(S.shape[-2], device=S.device)[:, None] // n_row
+    other = torch.arange(S.shape[-1], device=S.device) // n_col
+    return S.masked_fill(other > step, 0.0)
+
+
+def _segment_sums(x: Tensor) -> Tensor:
+    """x_{j+1} + ... + x_i at row i = 1..c, column j = 0..c (0 where j >= i), without differences.
+
+    Differences of running sums would lose a small term beside a large one, and -inf - (-inf).
+    """
+    c = x.shape[-1]
+    step = torch.arange(c, device=x.device)[:, None]
+    later = step >= torch.arange(c + 1, device=x.device)
+    return torch.where(later, x[..., None], 0.0).cumsum(-2)
+
+
+def unit(angle: Tensor, real: torch.dtype) -> Tensor:
+    """exp(i angle); a long angle is brought near zero before it is rounded to `real`."""
+    if angle.dtype != real:
+        turns = torch.round(angle.detach() / (2 * torch.pi))
+        angle = (angle - 2 * torch.pi * turns).to(real)
+    return torch.complex(angle.cos(), angle.sin())
+
+
+def even(x: Tensor, own: int = 3) -> Tensor:
+    """The blocks 0, 2, ...: the left halves. The block axis is `own` axes from the end."""
+    return x.unflatten(-own, (-1, 2)).select(-own, 0)
+
+
+def odd(x: Tensor, own: int = 3) -> Tensor:
+    """The blocks 1, 3, ...: the right halves."""
+    return x.unflatten(-own, (-1, 2)).select(-own, 1)
+
+
+def _grow(right: Tensor, left: Tensor | None, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """D(start, i) and D(j, end) of blocks twice as long, from those of their halves."""
+    first, second = even(whole), odd(whole)
+    one = torch.ones_like(first)
+    on_right = torch.stack([one, first], -3)
+    on_left = torch.stack([second, one], -3)
+    longer = (right.unflatten(-3, (-1, 2)) * on_right).flatten(-3, -2)
+    if left is None:
+        return longer, on_left.flatten(-3, -2)
+    return longer, (left.unflatten(-3, (-1, 2)) * on_left).flatten(-3, -2)
+
+
+def assemble(S: Tensor, cross: Tensor) -> Tensor:
+    """[[S_left, 0], [cross, S_right]]."""
+    lead = cross.shape[:-2]
+    top = pad(even(S).expand(*lead, *S.shape[-2:]), (0, cross.shape[-1]))
+    low = torch.cat([cross, odd(S).expand(*lead, *S.shape[-2:])], -1)
+    return torch.cat([top, low], -2)

@@ -1,0 +1,39 @@
+"""Scan of diagonal states with few channels: step by step, but all chunks side by side.
+
+Where a head has one channel (Mamba, RG-LRU, LSTM) scores over a chunk would cost more than the
+states themselves. Each chunk runs the definition from a zero state, all chunks at once; then the
+state is handed from chunk to chunk and added with the decays from the chunk's start:
+
+    h_i = g_i + D(0, i) h_0,    g_i = a_i g_{i-1} + B_i u_i
+
+Multiplications by decays alone: exact for every decay. Memory O(length * state * channel).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsf.chunked.decays import running_decays
+from dsf.chunked.layout import from_chunks, rows, to_chunks
+from dsf.chunked.linear import carry
+
+
+def scan_elementwise(
+    A: Any, B: Tensor, C: Tensor, values: Tensor, state: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Outputs and final state; `A` diagonal, all of one dtype, length a multiple of `chunk`."""
+    decay, start, total = running_decays(A, chunk, B.dtype)
+    write = to_chunks(B, chunk) @ to_chunks(values, chunk)
+    # (batch, chunks, head, chunk, state, channel), taken apart along the chunk
+    steps = decay[..., None].expand(*decay.shape, 1).unbind(3)
+    g, local = torch.zeros_like(write[:, :, :, 0]), []
+    for factor, more in zip(steps, write.unbind(3), strict=True):
+        g = torch.addcmul(more, factor, g)
+        local.append(g)
+    starts, last = carry(total, g, state)
+    h = torch.stack(local, 3) + start[..., None] * starts.unsqueeze(3)
+    y = to_chunks(C, chunk) @ h
+    return from_chunks(rows(y), C.shape[-2]), last
