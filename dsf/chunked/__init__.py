@@ -87,7 +87,8 @@ def scan_diagonal(
             return scan_elementwise(A, B, C, u, h, size)
         from dsf.scanning import loop
 
-        return loop(A, B, C, u, h)
+        y, last = loop(A, B, C, u, h)
+        return y.unflatten(1, (-1, size)), last
 
     default = CHUNK_SHORT if A.is_complex else CHUNK
     parts = _halving(chunk or default, B, values)
@@ -126,6 +127,8 @@ def _halving(chunk: int, B: Tensor, values: Tensor) -> list[tuple[int, int]]:
 
 
 def _piece(B: Tensor, values: Tensor) -> int:
-    """Steps of all heads that hold PIECE numbers."""
+    """Steps of all heads that hold PIECE numbers; all of them where there is no such cache."""
+    if values.device.type != "cpu" or is_traced():
+        return max(1, values.shape[1])
     batch, _, head = values.shape[:3]
     return max(1, PIECE // max(1, batch * head * max(B.shape[-2], values.shape[-1])))

@@ -18,6 +18,13 @@ from torch.nn.functional import pad
 from dsf.chunked.layout import rows, to_chunks, wide
 from dsf.transitions._base import real_dtype
 
+Parts = tuple[Tensor, Tensor | None, Tensor | None]
+"""log_decay, sign, phase."""
+
+EXACT = 8
+"""Steps of a block from which its decay comes from the sum of logarithms: a number next to 1 that
+is rounded once a step would lose as many units as there are steps."""
+
 
 class NoDecay:
     """a = 1."""
@@ -44,7 +51,7 @@ class ScalarDecay:
     """One number per head: D(j, i) as a c x (c+1) matrix of exponentials of segment sums."""
 
     def __init__(self, A: Any, chunk: int, dtype: torch.dtype) -> None:
-        log, sign, phase = _parts(A, chunk, dtype)
+        log, sign, phase = decay_parts(A, chunk, dtype)
         real, far = log.dtype, wide(log.dtype, log.device)
         segments = _segment_sums(log)
         between = torch.exp(segments)
@@ -89,36 +96,36 @@ class DiagonalDecay:
     """
 
     def __init__(self, A: Any, chunk: int, dtype: torch.dtype) -> None:
-        self.decay, self.start, self.total = running_decays(A, chunk, dtype)
-        log, sign, phase = _parts(A, chunk, dtype)
-        self.end = torch.exp(_left_after(log))
-        if sign is not None:
-            after = pad(sign[..., 1:, :], (0, 0, 0, 1), value=1.0)
-            self.end = self.end * after.flip(-2).cumprod(-2).flip(-2)
-        if phase is not None:
-            self.end = self.end * unit(_left_after(phase), log.dtype)
+        parts = decay_parts(A, chunk, dtype)
+        real, far = parts[0].dtype, wide(parts[0].dtype, parts[0].device)
+        right = numbers(parts, real).unsqueeze(-2)  # D(m, i), (..., blocks, s, state)
+        left = None  # D(j, m); None for ones
+        self.levels: list[tuple[Tensor, Tensor | None]] = []
+        size = 1
+        while size < chunk:
+            self.levels.append((odd(right), None if left is None else even(left)))
+            whole = right[..., -1:, :]
+            if size >= EXACT:  # not a product of `size` rounded numbers
+                whole = numbers(_block_parts(parts, size), real).unsqueeze(-2)
+            right, left = _grow(right, left, whole)
+            size *= 2
+        self.start, self.end = right.squeeze(-3), None if left is None else left.squeeze(-3)
+        self.total = numbers(_block_parts(parts, chunk), far).mT
 
     def scores(self, Q: Tensor, K: Tensor) -> Tensor:
         """sum_n Q_in D_n(j, i) K_jn for j <= i, else 0."""
-        n_row, n_col, chunk = Q.shape[-2], K.shape[-2], Q.shape[-3]
-        single = n_row == 1 and n_col == 1
+        single = Q.shape[-2] == 1 and K.shape[-2] == 1
         S = (Q * K).sum(-1, keepdim=True) if single else Q @ K.mT  # (..., blocks, s, s)
-        right = self.decay.unsqueeze(-2)  # D(m, i), (..., blocks, s, state)
-        left = None  # D(j, m), ones for blocks of one step
-        size = 1
-        while size < chunk:
-            ahead, whole = odd(right), right[..., -1:, :]
-            q = odd(Q.unflatten(-3, (-1, size)), 4) * ahead.unsqueeze(-2)
+        for level, (right, left) in enumerate(self.levels):
+            size = 1 << level
+            q = odd(Q.unflatten(-3, (-1, size)), 4) * right.unsqueeze(-2)
             k = even(K.unflatten(-3, (-1, size)), 4)
-            k = k if left is None else k * even(left).unsqueeze(-2)
+            k = k if left is None else k * left.unsqueeze(-2)
             if size == 1 and single:
                 cross = (q * k).sum(-1)
             else:
                 cross = rows(q) @ rows(k).mT
             S = assemble(S, cross)
-            size *= 2
-            if size < chunk:
-                right, left = _grow(right, left, whole)
         return S.squeeze(-3)
 
     def from_start(self, Q: Tensor) -> Tensor:
@@ -127,32 +134,13 @@ class DiagonalDecay:
 
     def to_end(self, K: Tensor) -> Tensor:
         """D(j, c) K_j."""
-        return K * self.end.unsqueeze(-2)
+        return K if self.end is None else K * self.end.unsqueeze(-2)
 
 
 Decays = NoDecay | ScalarDecay | DiagonalDecay
 
 
-def running_decays(A: Any, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """a_i and D(0, i) (batch, chunks, head, c, state), D(0, c) (batch, chunks, head, state, 1).
-
-    D comes from sums of logarithms, so that a decay next to 1 does not lose by being rounded once
-    a step; D(0, c) is in twice the precision.
-    """
-    log, sign, phase = _parts(A, chunk, dtype)
-    real, far = log.dtype, wide(log.dtype, log.device)
-    decay, start = torch.exp(log), torch.exp(log.cumsum(-2))
-    total = torch.exp(log.sum(-2).to(far))
-    if sign is not None:
-        decay, start, total = decay * sign, start * sign.cumprod(-2), total * sign.prod(-2)
-    if phase is not None:
-        decay = decay * unit(phase.to(real), real)
-        start = start * unit(phase.cumsum(-2), real)
-        total = total * unit(phase.sum(-2), far)
-    return decay, start, total[..., None]
-
-
-def _parts(A: Any, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def decay_parts(A: Any, chunk: int, dtype: torch.dtype) -> Parts:
     """log_decay, sign (without gradient) and phase (in twice the precision), cut into chunks."""
     real = real_dtype(dtype)
     far = wide(real, A.log_decay.device)
@@ -164,9 +152,22 @@ def _parts(A: Any, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | Non
     return log, None if sign is None else sign.detach(), phase
 
 
-def _left_after(x: Tensor) -> Tensor:
-    """x_{j+1} + ... + x_c, summed from the end: no difference of running sums."""
-    return pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+def numbers(parts: Parts, real: torch.dtype) -> Tensor:
+    """sign exp(log + i phase) in the precision of `real`."""
+    log, sign, phase = parts
+    decay = torch.exp(log.to(real))
+    decay = decay if sign is None else decay * sign.to(real)
+    return decay if phase is None else decay * unit(phase, real)
+
+
+def _block_parts(parts: Parts, size: int) -> Parts:
+    """The same for the product over every `size` steps: (..., chunk / size, state)."""
+    log, sign, phase = (None if x is None else x.unflatten(-2, (-1, size)) for x in parts)
+    assert log is not None
+    return (
+        log.sum(-2), None if sign is None else sign.prod(-2),
+        None if phase is None else phase.sum(-2),
+    )  # fmt: skip
 
 
 def lower(S: Tensor, n_row: int, n_col: int) -> Tensor:

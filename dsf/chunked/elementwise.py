@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsf.chunked.decays import running_decays
-from dsf.chunked.layout import from_chunks, rows, to_chunks
+from dsf.chunked.decays import decay_parts, numbers, unit
+from dsf.chunked.layout import from_chunks, rows, to_chunks, wide
 from dsf.chunked.linear import carry
 
 
@@ -25,7 +25,7 @@ def scan_elementwise(
     A: Any, B: Tensor, C: Tensor, values: Tensor, state: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """Outputs and final state; `A` diagonal, all of one dtype, length a multiple of `chunk`."""
-    decay, start, total = running_decays(A, chunk, B.dtype)
+    decay, start, total = _running_decays(A, chunk, B.dtype)
     write = to_chunks(B, chunk) @ to_chunks(values, chunk)
     # (batch, chunks, head, chunk, state, channel), taken apart along the chunk
     steps = decay[..., None].expand(*decay.shape, 1).unbind(3)
@@ -37,3 +37,19 @@ def scan_elementwise(
     h = torch.stack(local, 3) + start[..., None] * starts.unsqueeze(3)
     y = to_chunks(C, chunk) @ h
     return from_chunks(rows(y), C.shape[-2]), last
+
+
+def _running_decays(A: Any, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """a_i and D(0, i) (batch, chunks, head, c, state), D(0, c) (batch, chunks, head, state, 1).
+
+    D comes from sums of logarithms, so that a decay next to 1 does not lose by being rounded once
+    a step; D(0, c) is in twice the precision.
+    """
+    log, sign, phase = parts = decay_parts(A, chunk, dtype)
+    real, far = log.dtype, wide(log.dtype, log.device)
+    start, total = torch.exp(log.cumsum(-2)), torch.exp(log.sum(-2).to(far))
+    if sign is not None:
+        start, total = start * sign.cumprod(-2), total * sign.prod(-2)
+    if phase is not None:
+        start, total = start * unit(phase.cumsum(-2), real), total * unit(phase.sum(-2), far)
+    return numbers(parts, real), start, total[..., None]

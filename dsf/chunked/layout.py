@@ -26,8 +26,9 @@ def to_chunks(x: Tensor, chunk: int) -> Tensor:
 
 
 def from_chunks(y: Tensor, n_output: int) -> Tensor:
-    """(batch, chunks, head, chunk * output, channel) -> (batch, time, head, output, channel)."""
-    return y.unflatten(3, (-1, n_output)).transpose(2, 3).flatten(1, 2)
+    """(batch, chunks, head, chunk * output, channel) -> (batch, chunks, chunk, head, output,
+    channel), a view: the pieces are copied into time order once, where they are joined."""
+    return y.unflatten(3, (-1, n_output)).transpose(2, 3)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -116,7 +117,10 @@ def _by_pieces(
         )  # fmt: skip
         outputs.append(y)
         start = stop
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), state
+    whole = [y for y in outputs if y.shape[2] == outputs[0].shape[2]]
+    main = whole[0] if len(whole) == 1 else torch.cat(whole, 1)
+    joined = [y.flatten(1, 2) for y in (main, *outputs[len(whole) :])]
+    return (joined[0] if len(joined) == 1 else torch.cat(joined, 1)), state
 
 
 def _common_dtype(A: Transition, *tensors: Tensor) -> torch.dtype:
