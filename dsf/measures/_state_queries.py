@@ -108,7 +108,7 @@ def examine_state(
     norms = norms.masked_fill(norms == 0, 1.0)
     low, high = tolerances(dtype, n, unit_roundoff)
     used = int((R != 0).any(0).sum())
-    U, sigma, _ = torch.linalg.svd(_unit_rows(R), full_matrices=True)
+    U, sigma, _ = torch.linalg.svd(_unit_rows(R), full_matrices=False)
     margin = float(sigma[-1]) if used >= n else 0.0
     if used < n:
         verdict, reason = NO, f"{used} keys, at least {n} are necessary for {n} states"
@@ -121,10 +121,27 @@ def examine_state(
         verdict, reason = UNDECIDED, f"{reason}, but too few keys tell whether rows are divided"
     if verdict != NO:
         return Finding(verdict, margin, reason, None, math.nan)
-    other = 2 * c if divided else c + _along(c, U[:, -1].conj() / norms)
+    other = 2 * c if divided else c + _along(c, _unreached(U).conj() / norms)
     pair = torch.stack([c, other])
     weights = state_weights(R, pair, bool(divided))
     return Finding(verdict, margin, reason, pair, float((weights[0] - weights[1]).abs().max()))
+
+
+def _unreached(U: Tensor) -> Tensor:
+    """A unit vector that the columns of U (state, key) reach least; cost O(state x key).
+
+    The last singular vector where they span everything, else one orthogonal to all of them: the
+    unit vector farthest from their span, less its part in it (twice, against rounding).
+    """
+    if U.shape[1] >= U.shape[0]:
+        return U[:, -1]
+    far = int(torch.linalg.vector_norm(U, dim=1).argmin())
+    v = torch.zeros_like(U[:, 0])
+    v[far] = 1
+    for _ in range(2):
+        v = v - U @ (U.mH @ v)
+        v = v / torch.linalg.vector_norm(v)
+    return v
 
 
 def _ray_verdict(
