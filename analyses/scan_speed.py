@@ -51,12 +51,13 @@ def main() -> None:
         for s in args.structures
         for f in (["none"] if s in ("identity", "householder") else args.families)
     ]
-    print(
+    setting = (
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}, "
         f"{'processor time of 1 thread' if args.cpu_time else f'{args.threads} threads'}, "
         f"float32, batch 1, length {args.length}, {args.heads} heads, "
         f"{args.states} states, {args.channels} channels, best of {args.repeats}"
     )
+    print(setting)
     print("".join(f"{c:>{_width(c)}}" for c in _shown(args)))
     rows = []
     for structure, family in cases:
@@ -69,6 +70,29 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     print(f"wrote {args.out}")
+    if args.markdown:
+        _write_page(args.markdown, setting, rows, _shown(args))
+
+
+def _write_page(
+    path: Path, setting: str, rows: list[dict[str, object]], columns: tuple[str, ...]
+) -> None:
+    lines = [
+        "# Speed and errors of the chunked scan",
+        "",
+        "Written by `python analyses/scan_speed.py --markdown docs/scan_speed.md` with "
+        f"`{' '.join(sys.argv[1:])}`. Loop: `dsf.scanning.loop`, the definition in the same "
+        'precision; chunked: `dsf.scan(..., backend="chunked")`, its checks included. Units: '
+        "|error| / (u M) against the float64 loop, u = 2^-24, M the scan of absolute values (for "
+        "the delta rules the largest output of the head).",
+        "",
+        setting + ".",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + " --- |" * len(columns),
+        *("| " + " | ".join(_text(row[c]) for c in columns) + " |" for row in rows),
+    ]
+    path.write_text("\n".join(lines) + "\n")
 
 
 def measure(structure: str, family: str, args: argparse.Namespace) -> dict[str, object]:
@@ -201,6 +225,7 @@ def _arguments() -> argparse.Namespace:
     add("--cpu-time", action="store_true", help="processor time of one thread, not the clock's")
     add("--backward", action="store_true", help="also time outputs and gradients together")
     add("--no-errors", action="store_true", help="times only")
+    add("--markdown", type=Path, default=None, help="also write the table as a page")
     add("--out", type=Path, default=ROOT / "results" / "scan_speed.csv")
     return parser.parse_args()
 

@@ -254,6 +254,25 @@ def test_sixteen_bit_inputs_are_computed_in_float32(form):
     assert torch.equal(y, y32.to(y.dtype))
 
 
+@forms
+def test_many_chunks(form):
+    """More chunks than the state is handed over in one product."""
+    r, u = system(form, 85)
+    y, state = both(r, u, 2)
+    y0, state0 = dsf.scan(r, u, "reference", return_state=True)
+    size, state_size = laws.magnitude(r, u)
+    assert laws.units(y, y0, size, torch.float64) <= laws.UNITS[torch.float64]
+    assert laws.units(state, state0, state_size, torch.float64) <= laws.UNITS[torch.float64]
+
+
+@forms
+def test_real_systems_take_complex_values(form):
+    r, u = system(form, 21, initial=False)
+    y = dsf.scan(r, torch.complex(u, 2 * u), "chunked", chunk=CHUNK)
+    expected = (1 + 2j) * dsf.scan(r, u, "chunked", chunk=CHUNK)
+    assert torch.allclose(y, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_no_low_rank_part_is_a_diagonal():
     r, u = system("diagonal", 21)
     y = dsf.scan(r.replace(A=r.A.widen()), u, "chunked", chunk=CHUNK)

@@ -33,7 +33,7 @@ __all__ = ["scan_diagonal", "scan_diagonal_low_rank", "scan_scalar"]
 CHUNK = 64
 """Steps of a chunk, by measurement (docs/scan_speed.md)."""
 CHUNK_SHORT = 32
-"""The same where a chunk costs more: complex numbers, and rows of a triangular system."""
+"""The same where long chunks cost more: scalar decays, complex ones, delta rules."""
 PIECE = 2**18
 """Numbers of one coefficient that are worked on at a time, so that they stay in the cache."""
 FULL_STEP = 2**13
@@ -65,7 +65,8 @@ def scan_scalar(
         decays = ScalarDecay(A, size, B.dtype) if isinstance(A, Scalar) else NoDecay()
         return scan_linear(decays, B, C, u, h, size)
 
-    parts = pieces(values.shape[1], chunk or CHUNK, _piece(B, values), halving=False)
+    default = CHUNK if A is None or isinstance(A, Identity) else CHUNK_SHORT
+    parts = pieces(values.shape[1], chunk or default, _piece(B, values), halving=False)
     return guarded(form, parts, A or Identity(n_state), B, C, values, state)
 
 
@@ -87,7 +88,7 @@ def scan_diagonal(
             return scan_elementwise(A, B, C, u, h, size)
         from dsf.scanning import loop
 
-        y, last = loop(A, B, C, u, h)
+        y, last = loop(A, B, C, u, h.to(u.dtype))
         return y.unflatten(1, (-1, size)), last
 
     default = CHUNK_SHORT if A.is_complex else CHUNK

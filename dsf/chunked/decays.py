@@ -29,7 +29,7 @@ is rounded once a step would lose as many units as there are steps."""
 class NoDecay:
     """a = 1."""
 
-    total: Tensor | None = None
+    whole: Parts | None = None
 
     def scores(self, Q: Tensor, K: Tensor) -> Tensor:
         """Q_i K_j^T for j <= i, else 0: (..., c * output, c * input).
@@ -51,22 +51,9 @@ class ScalarDecay:
     """One number per head: D(j, i) as a c x (c+1) matrix of exponentials of segment sums."""
 
     def __init__(self, A: Any, chunk: int, dtype: torch.dtype) -> None:
-        log, sign, phase = decay_parts(A, chunk, dtype)
-        real, far = log.dtype, wide(log.dtype, log.device)
-        segments = _segment_sums(log)
-        between = torch.exp(segments)
-        total = torch.exp(segments[..., -1, 0].to(far))
-        if sign is not None:
-            between = between.masked_fill(_segment_sums((sign == 0).to(real)) > 0, 0.0)
-            running = pad(torch.where(sign == 0, 1.0, sign).cumprod(-1), (1, 0), value=1.0)
-            between = between * (running[..., 1:, None] * running[..., None, :])
-            total = total * sign.prod(-1)
-        if phase is not None:
-            angles = _segment_sums(phase)
-            between = between * unit(angles, real)
-            total = total * unit(angles[..., -1, 0], far)
-        self.between = between
-        self.total = total[..., None, None]
+        parts = decay_parts(A, chunk, dtype)
+        self.between = between(parts).squeeze(-3)
+        self.whole = block_parts(parts, chunk)
 
     def scores(self, Q: Tensor, K: Tensor) -> Tensor:
         """D(j, i) Q_i K_j^T for j <= i, else 0."""
@@ -97,7 +84,7 @@ class DiagonalDecay:
 
     def __init__(self, A: Any, chunk: int, dtype: torch.dtype) -> None:
         parts = decay_parts(A, chunk, dtype)
-        real, far = parts[0].dtype, wide(parts[0].dtype, parts[0].device)
+        real = parts[0].dtype
         right = numbers(parts, real).unsqueeze(-2)  # D(m, i), (..., blocks, s, state)
         left = None  # D(j, m); None for ones
         self.levels: list[tuple[Tensor, Tensor | None]] = []
@@ -106,11 +93,11 @@ class DiagonalDecay:
             self.levels.append((odd(right), None if left is None else even(left)))
             whole = right[..., -1:, :]
             if size >= EXACT:  # not a product of `size` rounded numbers
-                whole = numbers(_block_parts(parts, size), real).unsqueeze(-2)
+                whole = numbers(block_parts(parts, size), real).unsqueeze(-2)
             right, left = _grow(right, left, whole)
             size *= 2
         self.start, self.end = right.squeeze(-3), None if left is None else left.squeeze(-3)
-        self.total = numbers(_block_parts(parts, chunk), far).mT
+        self.whole = block_parts(parts, chunk)
 
     def scores(self, Q: Tensor, K: Tensor) -> Tensor:
         """sum_n Q_in D_n(j, i) K_jn for j <= i, else 0."""
@@ -141,15 +128,33 @@ Decays = NoDecay | ScalarDecay | DiagonalDecay
 
 
 def decay_parts(A: Any, chunk: int, dtype: torch.dtype) -> Parts:
-    """log_decay, sign (without gradient) and phase (in twice the precision), cut into chunks."""
+    """log_decay, sign (without gradient) and phase (in twice the precision), cut into chunks.
+
+    (batch, chunks, head, c, state), state of size 1 for a scalar decay.
+    """
     real = real_dtype(dtype)
     far = wide(real, A.log_decay.device)
-    log, sign, phase = (
-        None if x is None else to_chunks(x, chunk).to(kind).contiguous()
-        for x, kind in ((A.log_decay, real), (A.sign, real), (A.phase, far))
-    )
+
+    def cut(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        if x is None:
+            return None
+        return to_chunks(x if x.ndim > 3 else x[..., None], chunk).to(dtype).contiguous()
+
+    log, sign, phase = cut(A.log_decay, real), cut(A.sign, real), cut(A.phase, far)
     assert log is not None
     return log, None if sign is None else sign.detach(), phase
+
+
+def between(parts: Parts) -> Tensor:
+    """D(j, i) at row i = 1..c, column j = 0..c, (..., state, c, c + 1); modulus 1 where j >= i."""
+    log, sign, phase = (None if x is None else x.mT for x in parts)
+    assert log is not None
+    decay = torch.exp(_segment_sums(log))
+    if sign is not None:
+        decay = decay.masked_fill(_segment_sums((sign == 0).to(sign.dtype)) > 0, 0.0)
+        running = pad(torch.where(sign == 0, 1.0, sign).cumprod(-1), (1, 0), value=1.0)
+        decay = decay * (running[..., 1:, None] * running[..., None, :])
+    return decay if phase is None else decay * unit(_segment_sums(phase), log.dtype)
 
 
 def numbers(parts: Parts, real: torch.dtype) -> Tensor:
@@ -160,7 +165,7 @@ def numbers(parts: Parts, real: torch.dtype) -> Tensor:
     return decay if phase is None else decay * unit(phase, real)
 
 
-def _block_parts(parts: Parts, size: int) -> Parts:
+def block_parts(parts: Parts, size: int) -> Parts:
     """The same for the product over every `size` steps: (..., chunk / size, state)."""
     log, sign, phase = (None if x is None else x.unflatten(-2, (-1, size)) for x in parts)
     assert log is not None

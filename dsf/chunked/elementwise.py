@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dsf.chunked.decays import decay_parts, numbers, unit
 from dsf.chunked.layout import from_chunks, rows, to_chunks, wide
-from dsf.chunked.linear import carry
 
 
 def scan_elementwise(
@@ -33,10 +32,20 @@ def scan_elementwise(
     for factor, more in zip(steps, write.unbind(3), strict=True):
         g = torch.addcmul(more, factor, g)
         local.append(g)
-    starts, last = carry(total, g, state)
+    starts, last = _carry(total, g, state)
     h = torch.stack(local, 3) + start[..., None] * starts.unsqueeze(3)
     y = to_chunks(C, chunk) @ h
     return from_chunks(rows(y), C.shape[-2]), last
+
+
+def _carry(total: Tensor, local: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before every chunk and after the last, summed in twice the precision."""
+    factors = total.unbind(1) if total.shape[1] > 1 else [total[:, 0]] * local.shape[1]
+    starts = []
+    for factor, more in zip(factors, local.unbind(1), strict=True):
+        starts.append(state.to(local.dtype))
+        state = torch.addcmul(more.to(state.dtype), factor, state)
+    return torch.stack(starts, 1), state
 
 
 def _running_decays(A: Any, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,8 @@ from dsf.transitions import Transition
 from dsf.transitions._base import complex_dtype, is_traced
 
 Form = Callable[[Any, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""(A, B, C, values, state, chunk) -> (y, state) for a length that is a multiple of chunk."""
+"""(A, B, C, values, state, chunk) -> (y as `from_chunks` gives it, state), for a length that is a
+multiple of chunk. The state comes and goes in twice the precision."""
 
 
 def to_chunks(x: Tensor, chunk: int) -> Tensor:
@@ -101,9 +102,10 @@ def _by_pieces(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`form` over pieces of the time axis, all in one dtype, the state handed on."""
     dtype = _common_dtype(A, B, C, values, state)
-    B, C, values, state = B.to(dtype), C.to(dtype), values.to(dtype), state.to(dtype)
+    B, C, values = B.to(dtype), C.to(dtype), values.to(dtype)
+    state = state.to(wide(dtype, state.device))
     if not parts:
-        return values.new_zeros(*values.shape[:3], C.shape[-2], values.shape[-1]), state
+        return values.new_zeros(*values.shape[:3], C.shape[-2], values.shape[-1]), state.to(dtype)
 
     def cut(x: Tensor, start: int, stop: int) -> Tensor:
         return x[:, start:stop] if x.shape[1] > 1 else x
@@ -120,7 +122,7 @@ def _by_pieces(
     whole = [y for y in outputs if y.shape[2] == outputs[0].shape[2]]
     main = whole[0] if len(whole) == 1 else torch.cat(whole, 1)
     joined = [y.flatten(1, 2) for y in (main, *outputs[len(whole) :])]
-    return (joined[0] if len(joined) == 1 else torch.cat(joined, 1)), state
+    return (joined[0] if len(joined) == 1 else torch.cat(joined, 1)), state.to(dtype)
 
 
 def _common_dtype(A: Transition, *tensors: Tensor) -> torch.dtype:

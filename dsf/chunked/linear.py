@@ -10,23 +10,26 @@ chunk. Source: Yang et al. (2024), section 3; Dao and Gu (2024), section 6.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from dsf.chunked.decays import Decays
-from dsf.chunked.layout import from_chunks, rows, to_chunks, wide
+from dsf.chunked.decays import Decays, Parts, between, block_parts, numbers
+from dsf.chunked.layout import from_chunks, rows, to_chunks
+from dsf.transitions._base import real_dtype
+
+BLOCK = 16
+"""Chunks whose states are summed by one matrix product."""
 
 
 def scan_linear(
     decays: Decays, B: Tensor, C: Tensor, values: Tensor, state: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and final state; all of one dtype, the length a multiple of `chunk`."""
+    """Outputs, as `from_chunks` gives them, and final state; B, C, values of one dtype."""
     Q = to_chunks(C, chunk).contiguous()
     K = to_chunks(B.mT, chunk).contiguous()
     V = rows(to_chunks(values, chunk)).contiguous()
-    starts, last = carry(decays.total, rows(decays.to_end(K)).mT @ V, state)
+    starts, last = _carry(decays.whole, rows(decays.to_end(K)).mT @ V, state)
     y = add_product(rows(decays.from_start(Q)) @ starts, decays.scores(Q, K), V)
     return from_chunks(y, C.shape[-2]), last
 
@@ -39,20 +42,49 @@ def add_product(y: Tensor, S: Tensor, V: Tensor) -> Tensor:
     return torch.baddbmm(y.flatten(0, 2), S.flatten(0, 2), V.flatten(0, 2)).unflatten(0, lead)
 
 
-def carry(total: Tensor | None, local: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The state before every chunk and after the last, summed in twice the precision.
+def _carry(whole: Parts | None, local: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before every chunk and after the last: the same scan, a chunk to a step.
 
-    total: D(0, c), (batch, chunks or 1, head, state or 1, 1), None for ones; local: what each
-    chunk adds, (batch, chunks, head, state, channel).
+    whole: the decay of each chunk, (batch, chunks or 1, head, 1, state or 1), None for 1; local:
+    what each chunk adds, (batch, chunks, head, state, channel); state in twice the precision.
     """
-    far = wide(local.dtype, local.device)
-    count = local.shape[1]
-    factors: Sequence[Tensor | None] = [None] * count
-    if total is not None:
-        factors = total.to(far).unbind(1) if total.shape[1] > 1 else [total[:, 0].to(far)] * count
-    h = state.to(far)
     starts = []
-    for factor, more in zip(factors, local.to(far).unbind(1), strict=True):
-        starts.append(h.to(local.dtype))
-        h = h + more if factor is None else torch.addcmul(more, factor, h)
-    return torch.stack(starts, 1), h.to(local.dtype)
+    for start in range(0, local.shape[1], BLOCK):
+        added = local[:, start : start + BLOCK]
+        here = None if whole is None else _cut(whole, start, added.shape[1])
+        before, state = _carry_block(here, added, state)
+        starts.append(before)
+    return (starts[0] if len(starts) == 1 else torch.cat(starts, 1)), state
+
+
+def _carry_block(whole: Parts | None, local: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """D(0, i) h + sum_{j <= i} D(j, i) local_j for i = 0..n-1, and for i = n.
+
+    Only the last has to be exact over any number of blocks: its h stays in twice the precision.
+    """
+    n = local.shape[1]
+    if whole is None:
+        weights, last = local.new_ones(1, 1, 1, n + 1, n + 1), state
+    else:  # (batch, head, state or 1, n + 1, n + 1): row i, column j
+        weights = pad(between(whole), (0, 0, 1, 0), value=1.0)
+        last = numbers(block_parts(whole, n), real_dtype(state.dtype)).mT * state
+    weights = torch.tril(weights).to(local.dtype)
+    weights = torch.cat([weights[..., :n, :], pad(weights[..., n:, 1:], (1, 0))], -2)
+    x = torch.cat([state[:, None].to(local.dtype), local], 1).transpose(1, 2)
+    if weights.shape[2] == 1:
+        y = (weights.squeeze(2) @ x.flatten(3)).unflatten(3, x.shape[3:]).transpose(1, 2)
+    else:
+        y = (weights @ x.transpose(2, 3)).movedim(3, 1)
+    return y[:, :n], last + y[:, n].to(last.dtype)
+
+
+def _cut(whole: Parts, start: int, count: int) -> Parts:
+    """Chunks from `start` on as the steps of (batch, head, step, state)."""
+
+    def cut(x: Tensor) -> Tensor:
+        x = x[:, start : start + count] if x.shape[1] > 1 else x.expand(-1, count, *x.shape[2:])
+        return x.squeeze(3).transpose(1, 2)
+
+    log, sign, phase = (None if x is None else cut(x) for x in whole)
+    assert log is not None
+    return log, sign, phase

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsf.chunked.decays import Decays, assemble, even, odd
-from dsf.chunked.layout import from_chunks, rows, to_chunks, wide
+from dsf.chunked.decays import Decays, Parts, assemble, even, numbers, odd
+from dsf.chunked.layout import from_chunks, rows, to_chunks
 from dsf.chunked.linear import add_product
+from dsf.transitions._base import real_dtype
 
 
 def scan_low_rank(
@@ -50,7 +51,7 @@ def scan_low_rank(
     by_state = solve @ rows(reach)  # w = by_state h_0 + own
     own = solve @ (_square(late[..., :n_input]) @ V)
     kept, removed = rows(end[..., :n_input, :]).mT, rows(end[..., n_input:, :]).mT
-    starts, w, last = _carry(decays.total, by_state, own, removed, kept @ V, state)
+    starts, w, last = _carry(decays.whole, by_state, own, removed, kept @ V, state)
     y = add_product(rows(start[..., :n_output, :]) @ starts, _square(seen[..., :n_input]), V)
     return from_chunks(y - _square(seen[..., n_input:]) @ w, n_output), last
 
@@ -90,30 +91,28 @@ def inverse(triangle: Tensor, rank: int) -> Tensor:
 
 
 def _carry(
-    total: Tensor | None, by_state: Tensor, own: Tensor, removed: Tensor, local: Tensor,
+    whole: Parts | None, by_state: Tensor, own: Tensor, removed: Tensor, local: Tensor,
     state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """h <- total h + local - removed w with w = by_state h + own, chunk after chunk.
+    """h <- D(0, c) h + local - removed w with w = by_state h + own, chunk after chunk.
 
     The state is summed in twice the precision. Returns the state before every chunk, w, the last.
     """
-    far = wide(local.dtype, local.device)
 
     def steps(x: Tensor) -> Sequence[Tensor]:
         return x.unbind(1) if x.shape[1] > 1 else [x[:, 0]] * local.shape[1]
 
     factors: Sequence[Tensor | None] = [None] * local.shape[1]
-    if total is not None:
-        factors = steps(total.to(far))
-    h = state.to(far)
+    if whole is not None:
+        factors = steps(numbers(whole, real_dtype(state.dtype)).mT)
     starts, erased = [], []
     for factor, M, more, R, new in zip(
         factors, steps(by_state), steps(own), steps(removed), steps(local), strict=True
     ):
-        start = h.to(local.dtype)
+        start = state.to(local.dtype)
         w = M @ start + more
-        new = (new - R @ w).to(far)
-        h = h + new if factor is None else torch.addcmul(new, factor, h)
+        new = (new - R @ w).to(state.dtype)
+        state = state + new if factor is None else torch.addcmul(new, factor, state)
         starts.append(start)
         erased.append(w)
-    return torch.stack(starts, 1), torch.stack(erased, 1), h.to(local.dtype)
+    return torch.stack(starts, 1), torch.stack(erased, 1), state
