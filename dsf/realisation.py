@@ -15,7 +15,7 @@ from dsf.errors import DsfShapeError, DsfValueError
 from dsf.memory import require_memory
 from dsf.recurrence import Recurrence
 from dsf.shapes import Float, Inexact
-from dsf.transitions import Dense
+from dsf.transitions import Dense, Diagonal, Identity, Scalar
 from dsf.transitions._base import mm
 
 Side = Literal["lower", "upper"]
@@ -227,18 +227,21 @@ def reachability(
 
     `strict` leaves out the token itself (its column is zero). With several inputs the columns of
     a key stand side by side, (key input). The scan is run backwards on the identity, exact and
-    safe for any decay. Cost O(t state^2), memory state x t. Source: realisation theory.
+    safe for any decay. Cost O(t state^2), O(t state) where A is diagonal; memory state x t.
+    Source: realisation theory.
     """
     r = recurrence.dense_factors()
     batch, length, head = r.lead_shape()
     t = range(length)[position]
     wide = torch.complex128 if r.dtype.is_complex else torch.float64
     n = r.n_state
-    onward = torch.eye(n, dtype=wide, device=r.device).expand(batch, head, n, n)  # (A..A)^T
+    alone = isinstance(r.A, Identity | Scalar | Diagonal)  # then (A..A)^T is kept as its diagonal
+    start = torch.ones(n, 1, dtype=wide) if alone else torch.eye(n, dtype=wide)
+    onward = start.to(r.device).expand(batch, head, n, -1)  # (A..A)^T
     columns = []
     for j in range(t, -1, -1):
         b = _at(r.B, j).to(wide)
-        own = mm(onward.mT, b).expand(batch, head, n, -1)
+        own = (onward * b if alone else mm(onward.mT, b)).expand(batch, head, n, -1)
         columns.append(torch.zeros_like(own) if strict and j == t else own)
         onward = r.A.at(j).apply_transposed(onward).to(wide)
     return torch.cat(columns[::-1], dim=-1)
