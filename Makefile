@@ -8,7 +8,7 @@ PINS := pyproject.toml constraints.txt requirements-minilm.txt
 # the founding papers' systems; without --systems the command compares all that are registered
 DEMO := minilm,softmax_attention,linear_attention,normalized_attention,metala,zeros,mamba,mamba2,\
 s4d,rglru,qlstm,gru,lstm
-# one thread a worker: the workers share the cores
+# one thread a process: test workers share the cores, and the demo's matrices are small
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
@@ -18,7 +18,7 @@ help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 demo: $(VENV)/.demo  ## compare systems on a real text; writes results/demo/
-	$(BIN)/dsf compare data/origin_of_species.txt --systems $(subst $() ,,$(DEMO)) --output results/demo
+	OMP_NUM_THREADS=1 $(BIN)/dsf compare data/origin_of_species.txt --systems $(subst $() ,,$(DEMO)) --output results/demo
 
 test: check  ## all checks, then every test but the slow and the GPU ones
 	$(PYTEST) -n $(WORKERS) --durations=10
