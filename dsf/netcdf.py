@@ -36,7 +36,8 @@ def encode(dataset: xr.Dataset) -> xr.Dataset:
 
     complex: a last dim `complex` of size 2 (real, imaginary); bool: uint8; text: JSON-escaped (so
     newline, zero byte and unpaired surrogates survive); dates: int64; attrs other than plain str,
-    int and float: JSON text. Raises DsfTypeError on objects, multi-indexes and names with "/".
+    int and float: JSON text. `zlib` and `complevel` in a variable's encoding are kept, for arrays
+    that are mostly padding. Raises DsfTypeError on objects, multi-indexes and names with "/".
     """
     variables = {}
     part = "complex" if "complex" not in dataset.dims else "complex_part"
@@ -51,7 +52,8 @@ def encode(dataset: xr.Dataset) -> xr.Dataset:
         dims = (*variable.dims, part) if kind.startswith("complex") else variable.dims
         attrs = encode_attrs(variable.attrs)
         attrs |= {KIND: kind} if kind else {}
-        variables[name] = xr.Variable(dims, data, attrs, encoding={"_FillValue": None})
+        packed = {k: variable.encoding[k] for k in ("zlib", "complevel") if k in variable.encoding}
+        variables[name] = xr.Variable(dims, data, attrs, encoding={"_FillValue": None, **packed})
     plain = xr.Dataset(attrs=encode_attrs(dataset.attrs))
     coords = {n: v for n, v in variables.items() if n in dataset.coords}
     plain = plain.assign_coords(coords) if coords else plain
