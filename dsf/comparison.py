@@ -285,4 +285,5 @@ def _column(
         values[(*place, *(slice(size) for size in cell.shape))] = cell.values
     kept = ("units", "long_name", "method", "flag_values", "flag_meanings", "tolerance")
     meta = {k: first.attrs[k] for k in kept if k in first.attrs}
-    return xr.Variable(("system", "layer", "head", *first.dims[1:]), values, meta)
+    packed = {} if is_text else {"zlib": True, "complevel": 1}  # for files: mostly padding
+    return xr.Variable(("system", "layer", "head", *first.dims[1:]), values, meta, packed)

@@ -172,6 +172,19 @@ def test_tables_survive_a_file(tmp_path) -> None:
     xr.testing.assert_identical(results.load(tmp_path / "table.nc"), table)
 
 
+def test_padding_takes_no_room_in_a_file(tmp_path) -> None:
+    pytest.importorskip("h5netcdf", reason="h5netcdf is not installed")
+    many = {f"system {i}": system(1, seed=i) for i in range(30)}
+    blind = system(50).replace(B=torch.zeros(1, LENGTH, 50, 3, 1, dtype=torch.float64))
+    table = compare({**many, "blind": blind}, measures=["injectivity"])
+    pairs = table["injectivity_query_pair"]
+    results.save(table, tmp_path / "table.nc")
+    assert results.load(tmp_path / "table.nc").identical(table)
+    results.save(table.drop_vars("injectivity_query_pair"), tmp_path / "without.nc")
+    sizes = [(tmp_path / f"{n}.nc").stat().st_size for n in ("table", "without")]
+    assert sizes[0] - sizes[1] < pairs.nbytes / 2
+
+
 # -- tables ------------------------------------------------------------------------------------
 
 
