@@ -128,15 +128,16 @@ def draw(
     chosen = cmap or (SIGNED_MAP if (norm.vmin or 0.0) < 0 else UNSIGNED_MAP)
     colours = mpl.colormaps[chosen] if isinstance(chosen, str) else chosen
     hidden = absent | ~np.isfinite(array)
+    # an image stays one in PDF and SVG; rasterized=True would draw the whole page once for each
     image = ax.imshow(
         np.ma.masked_array(array, hidden), cmap=colours.with_extremes(bad=ABSENT_COLOUR),
-        norm=norm, origin="upper", aspect="equal", rasterized=True, **kwargs,
+        norm=norm, origin="upper", aspect="equal", **kwargs,
     )  # fmt: skip
     wrong = ~absent & ~np.isfinite(array)
     if wrong.any():
         overlay = np.zeros((*array.shape, 4))
         overlay[wrong] = (*NAN_COLOUR, 1.0)
-        ax.imshow(overlay, origin="upper", rasterized=True)
+        ax.imshow(overlay, origin="upper")
     return image
 
 
@@ -171,20 +172,18 @@ def display_token(text: str, width: int = 12) -> str:
     return shown.replace("$", r"\$")
 
 
-def token_axis(ax: Axes, map_: xr.DataArray, factor: int, most: int) -> None:
-    """Token texts (or positions) on both axes, at most `most` of them, evenly thinned."""
-    for name, axis in (("query", ax.yaxis), ("key", ax.xaxis)):
-        length = map_.sizes[name]
-        step = max(1, -(-length // max(most, 1)))
-        shown = range(0, length, step)
-        texts = [str(int(map_[name][i])) for i in shown]
-        if f"{name}_token" in map_.coords:
-            texts = [display_token(str(map_[f"{name}_token"].values[i])) for i in shown]
-        axis.set_ticks([i / factor for i in shown], texts)
-        axis.set_tick_params(length=0, labelsize=_label_size(len(texts), ax))
-        axis.set_label_text(name)
-    for label in ax.get_xticklabels():
-        label.set_rotation(90)
+def token_axis(ax: Axes, map_: xr.DataArray, factor: int, most: int, name: str) -> None:
+    """Token texts (or positions) on the axis of `query` or `key`, thinned to `most`."""
+    axis = ax.yaxis if name == "query" else ax.xaxis
+    length = map_.sizes[name]
+    shown = range(0, length, max(1, -(-length // max(most, 1))))
+    texts = [str(int(map_[name][i])) for i in shown]
+    if f"{name}_token" in map_.coords:
+        texts = [display_token(str(map_[f"{name}_token"].values[i])) for i in shown]
+    axis.set_tick_params(length=0, labelsize=_label_size(len(texts), ax),
+                         labelrotation=0 if name == "query" else 90)  # fmt: skip
+    axis.set_ticks([i / factor for i in shown], texts)
+    axis.set_label_text(name)
 
 
 def colour_bar(figure: Any, image: Any, axes: list[Axes], map_: xr.DataArray, **kw: Any) -> Any:
@@ -198,6 +197,7 @@ def colour_bar(figure: Any, image: Any, axes: list[Axes], map_: xr.DataArray, **
     note = f"\n(log scale beyond {image.norm.linthresh:g})" if logarithmic else ""
     bar.set_label(quantity(map_) + note)
     bar.outline.set_linewidth(0.4)
+    bar.solids.set(rasterized=False, edgecolor="face")  # as for the images
     return bar
 
 

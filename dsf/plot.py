@@ -40,6 +40,8 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_LABELS = 60
+DPI, MOST_PIXELS = 300, 5000
+"""Pictures are saved at this resolution, or at less where a side would have more pixels."""
 
 
 def plot_map(
@@ -68,7 +70,8 @@ def plot_map(
         array, absent, factor = displayed(map_)
         norm = shared_norm([map_]) if norm is None else norm
         image = draw(ax, array, absent, cmap, norm, kwargs)
-        token_axis(ax, map_, factor, labels)
+        token_axis(ax, map_, factor, labels, "query")
+        token_axis(ax, map_, factor, labels, "key")
         notes = [_name(map_)] if _name(map_) else []
         wrong = int((~np.isfinite(map_.values) & ~absent_entries(map_)).sum())
         notes += [f"{wrong} not finite (magenta)"] if wrong else []
@@ -163,7 +166,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], style: Style = STY
     unfinished = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:
         with styled(style):
-            figure.savefig(unfinished, bbox_inches="tight")
+            resolution = min(DPI, MOST_PIXELS / max(figure.get_size_inches()))
+            figure.savefig(unfinished, dpi=resolution, bbox_inches="tight")
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -192,15 +196,16 @@ def _row(
         map_ = single_map(row.isel(head=number))
         array, absent, factor = displayed(map_)
         image = draw(ax, array, absent, cmap, norm, {})
-        token_axis(ax, map_, factor, labels)
+        if number:
+            ax.set_yticks([])
+        else:
+            token_axis(ax, map_, factor, labels, "query")
+        if last:
+            token_axis(ax, map_, factor, labels, "key")
+        else:
+            ax.set_xticks([])
         heading = f"head {int(row['head'][number])}"
         ax.set_title("" if heading == above[number] else heading, pad=2)
         above[number] = heading
-        if number:
-            ax.set_yticks([])
-            ax.set_ylabel("")
-        if not last:
-            ax.set_xticks([])
-            ax.set_xlabel("")
     line[0].set_ylabel(f"{name.replace('_', ' ')}\nquery")
     colour_bar(figure, image, list(line), row, shrink=0.8, aspect=14, pad=0.01)
