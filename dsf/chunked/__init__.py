@@ -34,7 +34,7 @@ CHUNK = 64
 """Steps of a chunk, by measurement (docs/scan_speed.md)."""
 CHUNK_SHORT = 32
 """The same where long chunks cost more: scalar decays, complex ones, delta rules."""
-PIECE = 2**18
+PIECE = 2**19
 """Numbers of one coefficient that are worked on at a time, so that they stay in the cache."""
 FULL_STEP = 2**13
 """Numbers in one step of all heads from which the plain loop is as fast as anything."""
