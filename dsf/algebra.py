@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from dsf.errors import DsfShapeError, DsfTypeError
 from dsf.recurrence import Recurrence
-from dsf.shapes import Inexact
+from dsf.shapes import Inexact, broadcast_shapes
 from dsf.transitions import Decay, Dense, Diagonal, Identity, Scalar, Transition
 from dsf.transitions._base import complex_dtype, mm, real_dtype
 from dsf.wrappers import Anticausal, Bidirectional, Gated, anticausal, gated
@@ -173,7 +173,7 @@ def concatenate_time(parts: Sequence[Recurrence]) -> Recurrence:
                 f"dsf.concatenate_time: parts: expected (state, input, output, real_output) "
                 f"{sizes[0]}, got {sizes[1]}; the first part fixes them."
             )
-    lead = torch.broadcast_shapes(*((x[0], x[2]) for x in (p.lead_shape() for p in parts)))
+    lead = broadcast_shapes(*((x[0], x[2]) for x in (p.lead_shape() for p in parts)))
     lengths = [p.length for p in parts]
 
     def join(tensors: Sequence[Tensor]) -> Tensor:
@@ -247,7 +247,7 @@ def _complex(x: Tensor) -> Tensor:
 def _cat(a: Tensor, b: Tensor, dim: int) -> Tensor:
     dtype = torch.promote_types(a.dtype, b.dtype)
     own = a.ndim + dim if dim < 0 else dim
-    lead = torch.broadcast_shapes(
+    lead = broadcast_shapes(
         *[[1 if i == own else s for i, s in enumerate(x.shape)] for x in (a, b)])  # fmt: skip
 
     def spread(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from dsf.memory import require_memory
 from dsf.mixing_rows import MixingRows, Part
 from dsf.recurrence import Recurrence
 from dsf.scanning import Backend, run_one
-from dsf.shapes import Inexact
+from dsf.shapes import Inexact, broadcast_shapes
 from dsf.transitions._base import real_dtype
 from dsf.validation import check_system
 from dsf.wrappers import Anticausal, Bidirectional, Gated, System, core, is_cache, total_length
@@ -224,7 +224,7 @@ def _result_shape(system: System, rows: range, cols: range) -> tuple[list, list,
     axes, shape = ["batch", "head"], [batch, head]
     if isinstance(system, Gated):
         gate = system.gate.shape
-        shape = list(torch.broadcast_shapes((batch, head), (gate[0], gate[2])))
+        shape = list(broadcast_shapes((batch, head), (gate[0], gate[2])))
         if gate[3] > 1:
             axes, shape = [*axes, "channel"], [*shape, gate[3]]
     axes, shape = [*axes, "query", "key"], [*shape, len(rows), len(cols)]

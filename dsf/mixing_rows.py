@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dsf.shapes import Inexact
+from dsf.shapes import Inexact, broadcast_shapes
 
 Part = Literal["causal", "anticausal", "strict", "full"]
 """Which entries of a map: key <= query, key >= query, key > query, or all."""
@@ -75,7 +75,7 @@ class MixingRows:
             rows.append(weights.to(dtype) @ values.to(dtype))
         if not rows:
             lead = (self.shape[0], self.shape[2])
-            lead = torch.broadcast_shapes(values.shape[:2], lead)
+            lead = broadcast_shapes(values.shape[:2], lead)
             return values.new_zeros(*lead, 0, values.shape[-1])
         return torch.cat(rows, dim=2)
 

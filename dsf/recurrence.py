@@ -13,7 +13,7 @@ from dsf.axes import C_AXES
 from dsf.errors import DsfTypeError
 from dsf.factors import MixingRows, OneHot
 from dsf.memory import require_memory
-from dsf.shapes import Inexact
+from dsf.shapes import Inexact, broadcast_shapes
 from dsf.transitions._base import Transition, complex_dtype, real_dtype, register, static
 
 
@@ -51,9 +51,9 @@ class Recurrence:
         shapes = [self.A.lead_shape(), self.B.shape[:3], self.C.shape[:3]]
         if self.D is not None:
             shapes.append(self.D.shape[:3])
-        batch, time, head = torch.broadcast_shapes(*shapes)
+        batch, time, head = broadcast_shapes(*shapes)
         if self.initial_state is not None:
-            batch, head = torch.broadcast_shapes(self.initial_state.shape[:2], (batch, head))
+            batch, head = broadcast_shapes(self.initial_state.shape[:2], (batch, head))
         return batch, time, head
 
     @property

@@ -12,7 +12,7 @@ from dsf.axes import B_AXES, C_AXES, D_AXES, GATE_AXES, STATE_AXES, VALUE_AXES, 
 from dsf.errors import DsfShapeError, DsfTypeError, DsfValueError
 from dsf.factors import MixingRows, OneHot
 from dsf.recurrence import Recurrence
-from dsf.shapes import Inexact
+from dsf.shapes import Inexact, broadcast_shapes
 from dsf.transitions import Transition
 from dsf.transitions._base import is_traced
 from dsf.wrappers import Gated, System, recurrences
@@ -174,7 +174,7 @@ def _size_faults(r: Recurrence) -> list[str]:
     if h0 is not None:
         leads["initial_state"] = (h0.shape[0], 1, h0.shape[1])
     try:
-        lead = torch.broadcast_shapes(*leads.values())
+        lead = broadcast_shapes(*leads.values())
     except RuntimeError:
         found = ", ".join(f"{name} {sizes}" for name, sizes in leads.items())
         return [f"expected (batch, time, head) of size 1 or equal in all fields, got {found}."]

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from dsf.chunked.decays import Decays, Parts, assemble, even, numbers, odd
 from dsf.chunked.layout import from_chunks, rows, to_chunks
 from dsf.chunked.linear import add_product
+from dsf.shapes import broadcast_shapes
 from dsf.transitions._base import real_dtype
 
 
@@ -58,7 +59,7 @@ def scan_low_rank(
 
 def _one_lead(*tensors: Tensor) -> list[Tensor]:
     """The same batch, chunk and head axes on all, for joining."""
-    lead = torch.broadcast_shapes(*[x.shape[:3] for x in tensors])
+    lead = broadcast_shapes(*[x.shape[:3] for x in tensors])
     return [x.expand(*lead, *x.shape[3:]) for x in tensors]
 
 

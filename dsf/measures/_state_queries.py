@@ -12,6 +12,7 @@ from dsf.measures._verdicts import NO, RANK_WORDS, UNDECIDED, YES, decide, toler
 from dsf.realisation import reachability
 from dsf.recurrence import Recurrence
 from dsf.scanning import scan
+from dsf.shapes import broadcast_shapes
 from dsf.wrappers import Anticausal, Bidirectional, System, core
 
 
@@ -26,7 +27,7 @@ def reach_at(system: System, position: int) -> tuple[Tensor, Tensor]:
         R2, c2 = reach_at(system.anticausal, position)
         if c1.shape == c2.shape and torch.equal(c1, c2):
             return R1 + R2, c1
-        shape = torch.broadcast_shapes(R1.shape[:2], R2.shape[:2])
+        shape = broadcast_shapes(R1.shape[:2], R2.shape[:2])
         R1, R2 = R1.expand(*shape, -1, -1), R2.expand(*shape, -1, -1)
         c = torch.cat([c1.expand(*shape, -1), c2.expand(*shape, -1)], -1)
         return torch.cat([R1, R2], -2), c

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dsf.shapes import Inexact
+from dsf.shapes import Inexact, broadcast_shapes
 from dsf.transitions._base import Transition, mm, register
 from dsf.transitions._decay import Decay
 
@@ -80,5 +80,5 @@ class DiagonalLowRank(Decay):
 
 
 def _cat(a: Tensor, b: Tensor) -> Tensor:
-    lead = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+    lead = broadcast_shapes(a.shape[:-1], b.shape[:-1])
     return torch.cat([a.expand(*lead, a.shape[-1]), b.expand(*lead, b.shape[-1])], dim=-1)
