@@ -115,9 +115,9 @@ def html_text(
 
 
 def systems_rows(models: Mapping[str, Any]) -> list[Row]:
-    """Name, A, B, C, D and source of each registered system."""
+    """Name, A, B, C, D, facts and source of each registered system."""
     return [
-        {"system": name, **model.equations, "source": model.source}
+        {"system": name, **model.equations, **model.facts(), "source": model.source}
         for name, model in models.items()
     ]  # fmt: skip
 

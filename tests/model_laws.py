@@ -73,13 +73,18 @@ def mixed_by_map(system: System, values: Tensor) -> Tensor:
     """map @ values, whatever axes the map has: what `scan` must give from a zero state."""
     r = core(system)
     weights = dsf.materialise(system, length=values.shape[1])
-    if not isinstance(system, Gated):
+    if not has_channel_axis(system):
         weights = weights.unsqueeze(2)
     if r.n_input == r.n_output == 1:
         weights = weights[..., None, None]
     u = values if values.ndim == 5 else values.unsqueeze(3)
     y = torch.einsum("bhctsoi,bshic->bthoc", weights.to(u.dtype), u)
     return y.squeeze(3) if r.n_output == 1 else y
+
+
+def has_channel_axis(system: System) -> bool:
+    """Whether the map of a system has a channel axis: a gate of its own for every channel."""
+    return isinstance(system, Gated) and system.gate.shape[3] > 1
 
 
 def stepped(layer: SequenceMixer, x: Tensor) -> Tensor:
@@ -109,6 +114,17 @@ def law_output_has_the_input_shape(layer: SequenceMixer, x: Tensor) -> None:
     assert y.shape == x.shape
     assert y.dtype == x.dtype
     assert bool(torch.isfinite(y).all())
+
+
+@torch.no_grad()
+def law_no_token_gives_no_output(layer: SequenceMixer, x: Tensor) -> None:
+    """An empty sequence is a sequence: forward, scan and map of length 0."""
+    none = x[:, :0]
+    assert layer(none).shape == none.shape
+    system, values = layer.recurrence(none)
+    for backend in ("reference", "auto"):
+        assert layer.readout(dsf.scan(system, values, backend), none).shape == none.shape
+    assert dsf.materialise(system, length=0).numel() == 0
 
 
 @torch.no_grad()
@@ -206,13 +222,13 @@ def law_map_is_lower_triangular(layer: SequenceMixer, x: Tensor) -> None:
     """The map's upper triangle is exactly zero."""
     system, values = layer.recurrence(x)
     weights = dsf.materialise(system, length=values.shape[1])
-    axis = 3 if isinstance(system, Gated) else 2
+    axis = 3 if has_channel_axis(system) else 2
     by_position = weights.movedim((axis, axis + 1), (-2, -1))
     assert not bool(by_position.triu(1).any())
 
 
 LAWS = [
-    law_output_has_the_input_shape, law_forward_is_readout_of_scan,
+    law_output_has_the_input_shape, law_no_token_gives_no_output, law_forward_is_readout_of_scan,
     law_forward_is_readout_of_map, law_samples_do_not_mix, law_gradient_in_the_input,
     law_gradient_in_the_parameters, law_float32_stays_near,
 ]  # fmt: skip

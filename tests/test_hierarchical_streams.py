@@ -282,5 +282,20 @@ def test_refusals():
         tree_from_parents([2, 2, 2], 2)
     with pytest.raises(DsfValueError, match="below the root, got 1"):
         tree_from_parents([2, 3, -1, 3], 2)
-    with pytest.raises(DsfValueError, match="expected positive numbers"):
+    with pytest.raises(DsfValueError, match="and positive numbers"):
         tree_from_branching(4, (0, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"self_term": False}])
+def test_no_token_is_no_group(options):
+    q, k, v = qkv(0)
+    tree = tree_from_branching(0, (2, 3))
+    assert tree.n_leaf == 0
+    system = hierarchical_attention_recurrence(q, k, tree, **options)
+    assert dsf.scan(system, v).shape == (2, 0, 2, 4)
+    assert dsf.materialise(system).shape == (2, 2, 0, 0)
+    assert hierarchical_divergence(q, k, tree, **options).tolist() == [[0.0] * 2] * 2
+    torch.manual_seed(0)
+    layer = HierarchicalAttention(8, 2, **options).double()
+    assert layer(fresh_input(8, length=0)).shape == (2, 0, 8)

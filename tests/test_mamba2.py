@@ -8,7 +8,8 @@ from torch.nn.functional import rms_norm, silu, softplus
 
 import dsf
 from dsf.errors import DsfShapeError
-from dsf.models.mamba2 import GatedRmsNorm, Mamba2, mamba2_recurrence, ssd_recurrence
+from dsf.models._projections import GatedRmsNorm
+from dsf.models.mamba2 import Mamba2, mamba2_recurrence, ssd_recurrence
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])

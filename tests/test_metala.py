@@ -16,7 +16,7 @@ from model_laws import (
 )
 
 import dsf
-from dsf.errors import DsfValueError
+from dsf.errors import DsfUnsupportedError, DsfValueError
 from dsf.models.metala import MetaLA, metala_recurrence
 from dsf.transitions import Diagonal
 
@@ -77,6 +77,8 @@ OPTIONS = {
     "convolution_of_two": {"conv_size": 2, "convention": "paper"},
     "no_augmentation": {"self_augmentation": False},
     "wide_keys": {"key_width": 12},
+    "both_ways": {"causal": False},
+    "both_ways_as_printed": {"causal": False, "convention": "paper", "conv_size": 0},
 }
 
 
@@ -127,6 +129,29 @@ def test_augmentation_is_the_diagonal_of_the_parallel_form():
     without = MetaLA(8, 2, self_augmentation=False).double()
     without.load_state_dict(layer.state_dict(), strict=False)
     near(layer(x), without(x), PAIR)
+
+
+@torch.no_grad()
+def test_both_ways_is_the_causal_map_and_its_mirror():
+    q, log_decay, v, r = core()
+    both = metala_recurrence(q, log_decay, causal=False)
+    mirror = dsf.materialise(metala_recurrence(q.flip(1), log_decay.flip(1))).flip(-2, -1)
+    expected = dsf.materialise(r) + mirror.triu(1)
+    near(dsf.materialise(both), expected)
+    for backend in ("reference", "auto"):
+        near(dsf.scan(both, v, backend), torch.einsum("bhts,bshc->bthc", expected, v))
+    a, write = log_decay[0, :, 0].exp(), -torch.expm1(log_decay[0, :, 0])
+    near(expected[0, 0, 3, 7], (q[0, 3, 0] * a[3:7].prod(0) * write[7]).sum())
+    torch.manual_seed(0)
+    layer = shaken(MetaLA(8, 2, conv_size=0, causal=False), size=0.3)
+    x = fresh_input(8)
+    near(layer(x.flip(1)), layer(x).flip(1))
+    with pytest.raises(DsfUnsupportedError, match="expected a causal layer"):
+        layer.step(x[:, 0])
+    with pytest.raises(DsfValueError, match="initial_state: expected None"):
+        metala_recurrence(
+            q, log_decay, causal=False, initial_state=torch.zeros(1, 1, 5, 4).double()
+        )
 
 
 @torch.no_grad()

@@ -5,7 +5,16 @@ import pkgutil
 
 import pytest
 import torch
-from model_laws import CAUSAL_LAWS, LAWS, fresh_input, shaken
+from model_laws import (
+    ALONE_ATOL,
+    CAUSAL_LAWS,
+    LAWS,
+    assert_near,
+    fresh_input,
+    mixed_by_map,
+    normal,
+    shaken,
+)
 
 import dsf.models
 from dsf.errors import DsfValueError
@@ -53,6 +62,9 @@ def test_labels(name, layers):
     assert list(layer.equations) == ["A", "B", "C", "D"]
     assert all(isinstance(text, str) and text for text in layer.equations.values())
     assert layer.source
+    facts = layer.facts(WIDTH, 5)
+    assert list(facts) == ["structure", "states", "normaliser", "exact"]
+    assert all(facts.values())
     system, _ = layer.recurrence(fresh_input(WIDTH))
     assert core(system).system == name
     assert core(system).gauge
@@ -62,6 +74,16 @@ def test_labels(name, layers):
 def test_single_token_and_long_batch(name, layers):
     for x in (fresh_input(WIDTH, length=1), fresh_input(WIDTH, length=3, batch=5)):
         assert layers(name)(x).shape == x.shape
+
+
+@pytest.mark.parametrize("channel", [1, 3])
+def test_a_gate_of_one_or_all_channels_is_mixed_by_its_map(channel, layers):
+    system, _ = layers("softmax_attention").recurrence(fresh_input(WIDTH))
+    gate, u = normal(2, 11, 4, channel, seed=1), normal(2, 11, 4, 3, seed=2)
+    whole = dsf.gated(gate, system)
+    assert isinstance(whole, dsf.Gated)
+    with torch.no_grad():
+        assert_near("gate", mixed_by_map(whole, u), dsf.scan(whole, u), ALONE_ATOL)
 
 
 def test_registry_lists_every_file():

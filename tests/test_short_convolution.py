@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from model_laws import assert_near, check_all, fresh_input, normal, shaken
 
 import dsf
 from dsf.errors import DsfShapeError
+from dsf.models.short_convolution import ShortConvolution, gated_short_convolution_recurrence
 from dsf.short_convolution import (
     short_convolution,
     short_convolution_recurrence,
@@ -89,3 +91,43 @@ def test_wrong_sizes_are_named():
         short_convolution(x, weight, bias, cache[..., :2])
     with pytest.raises(DsfShapeError, match="past=3"):
         short_convolution_recurrence(weight, bias, cache[..., :2])
+
+
+# -- the layer ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"kernel": 1}, {"kernel": 4, "bias": True}, {"gated": False},
+                {"gated": False, "bias": True, "kernel": 5}],
+)  # fmt: skip
+def test_layer_options_keep_the_contract(options):
+    torch.manual_seed(0)
+    check_all(shaken(ShortConvolution(6, **options), 0.3), fresh_input(6))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_is_the_released_one(bias):
+    modeling = pytest.importorskip(
+        "transformers.models.lfm2.modeling_lfm2", reason="transformers without LFM2"
+    )
+    config = modeling.Lfm2Config(
+        hidden_size=8, num_hidden_layers=1, layer_types=["conv"], conv_L_cache=3, conv_bias=bias,
+        num_attention_heads=2, num_key_value_heads=2, intermediate_size=8, vocab_size=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    released = modeling.Lfm2ShortConv(config, 0).double()
+    layer = ShortConvolution(8, bias=bias).double()
+    layer.load_state_dict(released.state_dict())
+    x = fresh_input(8)
+    assert_near("layer", layer(x), released(x), EXACT)
+
+
+def test_gates_are_in_the_map():
+    weight, b, c = normal(3, 4), normal(2, 7, 3, seed=1), normal(2, 7, 3, seed=2)
+    r = gated_short_convolution_recurrence(weight, input_gate=b, output_gate=c)
+    plain = dsf.materialise(short_convolution_recurrence(weight), length=7)
+    expected = c.mT[..., None] * plain * b.mT[:, :, None]
+    assert_near("map", dsf.materialise(r), expected, EXACT)
+    with pytest.raises(DsfShapeError, match="input_gate: expected axes"):
+        gated_short_convolution_recurrence(weight, input_gate=b[..., :2])

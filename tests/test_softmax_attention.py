@@ -23,6 +23,7 @@ from dsf.models.softmax_attention import (
     softmax_log_normaliser,
 )
 from dsf.rotary import rotary_tables
+from dsf.wrappers import core
 
 GOLDEN_ATOL = 1e-9
 EXACT = 1e-12
@@ -50,6 +51,27 @@ def test_golden_variants(variant):
     system = softmax_attention_recurrence(case["in.q"], case["in.k"], **options)
     near(dsf.scan(system, case["in.v"]), case[f"out.o_{variant}"], GOLDEN_ATOL)
     near(dsf.materialise(system), case[f"weights_{variant}"], GOLDEN_ATOL)
+    top = core(system).C.logits(slice(None), slice(None)).amax(-1).transpose(1, 2)
+    top = torch.maximum(top, options["sink"]) if "sink" in options else top
+    near(top, case[f"out.max_logits_{variant}"], GOLDEN_ATOL)
+
+
+@torch.no_grad()
+def test_golden_query_key_norm():
+    """Qwen3's attention: an RMS norm of each head's query and key before the rotation."""
+    case = load_golden("gated_attention_baseline")
+    layer = SoftmaxAttention(
+        12, int(case["opt.num_heads"]), n_group=int(case["opt.num_kv_heads"]), qk_norm=True,
+        head_width=int(case["opt.head_dim"]), rope_base=float(case["opt.rope_theta"]),
+        norm_eps=float(case["opt.rms_norm_eps"]), bias=False,
+    ).double()  # fmt: skip
+    names = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out",
+             "q_norm": "query_norm", "k_norm": "key_norm"}  # fmt: skip
+    load_parameters(layer, case, **names)
+    x = case["in.x"]
+    near(layer(x), case["out.y"], GOLDEN_ATOL)
+    system, _ = layer.recurrence(x)
+    near(dsf.materialise(system), case["weights"], GOLDEN_ATOL)
 
 
 def test_golden_gpt2():
@@ -94,6 +116,7 @@ OPTIONS = {
     "sink": {"sink": True, "n_group": 2},
     "sink_window": {"sink": True, "window": 4},
     "no_positions": {"rope_base": None},
+    "query_key_norm": {"qk_norm": True, "n_group": 2},
 }
 
 

@@ -86,6 +86,8 @@ def grid_convolved(
     start = int(class_token)
     check_grid(values.shape[1], side, class_token)
     batch, _, channel = values.shape
+    if not side:
+        return torch.zeros_like(values)
     grid = values[:, start:].mT.reshape(1, batch * channel, side, side)
     flat = kernel.reshape(batch * channel, 1, 3, 3)
     y = torch.nn.functional.conv2d(grid, flat, padding=1, groups=batch * channel)

@@ -71,6 +71,25 @@ class HeadNorm(nn.Module):
         return self.norm(merge_heads(y).flatten(0, 1)).unflatten(0, y.shape[:2])
 
 
+class GatedRmsNorm(nn.Module):
+    """RMS norm of y SiLU(z) in groups of channels, or of y alone with the gate after it."""
+
+    def __init__(
+        self, width: int, *, n_group: int = 1, eps: float = 1e-5, norm_before_gate: bool = False
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.n_group, self.eps, self.norm_before_gate = n_group, eps, norm_before_gate
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """y, z (..., width)."""
+        y = y if self.norm_before_gate else y * functional.silu(z)
+        grouped = y.unflatten(-1, (self.n_group, -1))
+        scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
+        y = (grouped * scale).flatten(-2) * self.weight
+        return y * functional.silu(z) if self.norm_before_gate else y
+
+
 class GatedOutput(nn.Module):
     """W_o (norm(y) * gate(x)): y (batch, time, head, channel) -> (batch, time, width).
 

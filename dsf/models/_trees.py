@@ -27,8 +27,8 @@ class Tree:
     """Leaves 0..n_leaf-1 in the order of the tokens, inner nodes after them, the root last.
 
     parents[a] is the parent of node a, larger than a but for the root, which is its own. No inner
-    node has a single child (but a root over one leaf): such nodes say nothing and are spliced out
-    by the constructors.
+    node has a single child or none (but a root over one leaf or no token): such nodes say nothing
+    and are spliced out by the constructors.
     """
 
     parents: tuple[int, ...]
@@ -195,13 +195,16 @@ def tree_from_branching(length: int, branching: tuple[int, ...]) -> Tree:
     """Windows of branching[-1] tokens, windows of branching[-2] of those, ..., one root.
 
     branching runs from top to bottom. The last group of a level may be short, and the root takes
-    as many groups as there are, so a longer sequence has the same groups at its start.
+    as many groups as there are, so a longer sequence has the same groups at its start. Without
+    tokens there is a root and nothing below. Raises DsfValueError.
     """
-    if length < 1 or not branching or min(branching) < 1:
+    if length < 0 or not branching or min(branching) < 1:
         raise DsfValueError(
-            f"dsf.tree_from_branching: length, branching: expected positive numbers, got {length} "
-            f"and {branching}."
+            f"dsf.tree_from_branching: length, branching: expected a length of at least 0 and "
+            f"positive numbers, got {length} and {branching}."
         )
+    if not length:
+        return Tree((0,), 0)
     level: list[Any] = list(range(length))
     for b in branching[:0:-1]:
         level = [level[i : i + b] for i in range(0, len(level), b)]

@@ -44,6 +44,7 @@ class Based(KernelMixer):
     equations: ClassVar[dict[str, str]] = {
         "A": "I", "B": "φ(kₜ), φ(q)·φ(k) = 1 + q·k + (q·k)²/2", "C": "φ(qₜ/√d)ᵀ/ηₜ", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "Σ φ(q)·φ(k) + ε"
     source: ClassVar[str] = "Arora et al. (2024), arXiv 2402.18668, eqs. 1-3"
 
     @classmethod

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dsf.coefficient_forms import cache_form, refuse_beyond_scores, scales, shared_keys
+from dsf.coefficients import CoefficientDynamics
 from dsf.factors import SoftmaxRows
 from dsf.mixing_rows import MixingRows
 from dsf.models._cached import CachedMixer, cache_recurrence
+from dsf.models._fading import faded, fading
 from dsf.models._heads import check_query_key
 from dsf.recurrence import Recurrence
 from dsf.shapes import Float, Inexact
+from dsf.transitions import DiagonalLowRank
 from dsf.transitions._base import register
 
 SYSTEM = "forgetting_attention"
@@ -47,20 +51,11 @@ class ForgettingRows(MixingRows):
     def tile(self, queries: slice, keys: slice) -> Inexact[Tensor, "batch head query key"]:
         """Softmax over all keys of the asked rows, then the asked columns."""
         rows = range(*queries.indices(self.shape[1]))
-        bias = self.fading(rows.start, rows.stop)
+        first = self.query_start
+        bias = fading(self.log_decay, slice(first + rows.start, first + rows.stop))
         scores = self.scores.time_slice(rows.start, rows.stop)
         bias = bias.to(torch.promote_types(scores.query.dtype, torch.float32))
         return dataclasses.replace(scores, bias=bias).tile(slice(0, len(rows)), keys)
-
-    def fading(self, start: int, stop: int) -> Float[Tensor, "batch head query key"]:
-        """sum_{j < i <= t} log f_i in float64 for rows start..stop-1 (anything where j > t)."""
-        gate = self.log_decay.transpose(1, 2)
-        lost = torch.isinf(gate)
-        total = gate.masked_fill(lost, 0.0).to(torch.float64).cumsum(-1)
-        count = lost.cumsum(-1)
-        rows = slice(self.query_start + start, self.query_start + stop)
-        hidden = count[..., rows, None] > count[..., None, :]
-        return (total[..., rows, None] - total[..., None, :]).masked_fill(hidden, -torch.inf)
 
     def time_slice(self, start: int, stop: int) -> ForgettingRows:
         """The rows of steps start..stop-1 over the same keys."""
@@ -76,6 +71,24 @@ class ForgettingRows(MixingRows):
                 f"{tuple(self.log_decay.shape)}; query and key fix them."
             ]
         return faults
+
+
+@cache_form.register
+def forgetting_form(rows: ForgettingRows) -> CoefficientDynamics:
+    """Two more coordinates carry the gates: q^ = [q; 1; 0], k^ = [b k; 0; 1], n + 2 in all.
+
+    A_t = I with log f_t in entry (n + 1, n + 2), so that q^_t.x_t = b q_t.k_j + sum log f_i.
+    Raises DsfValueError on a gate of zero, whose logarithm no finite matrix holds. Source:
+    derived.
+    """
+    scores = rows.scores
+    refuse_beyond_scores(scores)
+    fade = faded(scores.query, shared_keys(scores), scales(scores), rows.log_decay)
+    return CoefficientDynamics(
+        DiagonalLowRank(torch.zeros_like(fade.query), left=fade.left, right=fade.right),
+        torch.ones_like(scales(scores)), fade.key, fade.query, sink=scores.sink, readout="exp",
+        sums_to_one=True,
+    )  # fmt: skip
 
 
 def forgetting_attention_recurrence(
@@ -111,6 +124,7 @@ class ForgettingAttention(CachedMixer):
         "A": "I (one state per token)", "B": "eₜ",
         "C": "softmaxⱼ(qₜ·kⱼ/√d + Σ log fᵢ), j < i ≤ t", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "Σ exp"
     source: ClassVar[str] = "Lin et al. (2025), arXiv 2503.02130, eq. 7"
 
     def __init__(

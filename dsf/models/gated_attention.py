@@ -118,6 +118,7 @@ class GatedAttention(SequenceMixer):
         "A": "I (one state per token)", "B": "eₜ   (G2: gₜ eₜ)",
         "C": "gₜ softmaxⱼ(qₜ·kⱼ/√d)   (G3, G4: gates inside)", "D": "0   (additive: from x)",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "Σ exp"
     source: ClassVar[str] = "Qiu et al. (2025), arXiv 2505.06708, section 2.2"
 
     def __init__(

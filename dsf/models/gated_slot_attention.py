@@ -107,6 +107,7 @@ class GatedSlotAttention(HeadedMixer):
         "A": "diag αₜ, αₜ = σ(xₜW_f)^(1/8)", "B": "1 − αₜ", "C": "softmax(Kₜqₜ)ᵀ over slots",
         "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "Σ exp, over slots"
     source: ClassVar[str] = "Zhang et al. (2024), arXiv 2409.07146, eqs. 5-7"
 
     def __init__(

@@ -73,6 +73,12 @@ def hierarchical_attention_recurrence(
     """
     check_query_key("dsf.hierarchical_attention_recurrence", query, key)
     _check(query, tree, rows, causal, self_term, key_mask)
+    if query.shape[1] == 0:  # no token, no group: the empty cache of softmax attention
+        empty = Recurrence(
+            Identity(0), OneHot(0, 0), SoftmaxRows(query, key, causal=causal), system=SYSTEM,
+            gauge="one state per token",
+        )  # fmt: skip
+        return empty if causal else Bidirectional.from_rows(empty)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     q, k, real = _leaves(query, key, key_mask)
     if rows == "free":
@@ -111,6 +117,8 @@ def hierarchical_divergence(
     """
     _check(query, tree, "tied", causal, self_term, key_mask)
     q, k, real = _leaves(query, key, key_mask)
+    if query.shape[1] == 0:
+        return q.new_zeros(q.shape[:2])
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     passes = tree_passes(
         q, k, real, tree, scale=factor, self_term=self_term, causal=causal, family_bias=None
@@ -188,6 +196,7 @@ class HierarchicalAttention(SequenceMixer):
         "A": "I (encoder), or merges of finished groups (0 and 1)", "B": "eₜ, or e_last",
         "C": "row t tied over the tree's groups", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "Σ exp, over groups"
     source: ClassVar[str] = "Amizadeh et al. (2025), arXiv 2509.15448; causal free form derived"
 
     def __init__(

@@ -82,11 +82,12 @@ def inline_attention_recurrence(
     if causal:
         r = one_pass(q, k, means, means, g, coordinates)
         return r if behind is None else with_register(r, register_recurrence(behind))
-    rows = KeyMeans(k.shape[1], means.anchor, means.mean[:, -1:])
+    count = max(k.shape[1], 1)  # no token, no mean: nothing is divided
+    rows = KeyMeans(count, means.anchor, means.mean[:, -1:])
     r = one_pass(q, k, means, rows, g, coordinates)
     flipped = k.flip(1)
     suffix = key_means(flipped, KeyMeans(0, means.anchor, torch.zeros_like(means.mean[:, :1])))
-    rows = KeyMeans(k.shape[1], means.anchor, suffix.mean[:, -1:])
+    rows = KeyMeans(count, means.anchor, suffix.mean[:, -1:])
     back = one_pass(q.flip(1), flipped, suffix, rows, g, coordinates).flip_time()
     if behind is not None:
         r = with_register(r, register_recurrence(behind))
@@ -118,6 +119,7 @@ class InlineAttention(SequenceMixer):
         "A": "I   (or [[I, −aₜ], [0, (t−1)/t]]; ⊕ shift)", "B": "(φ(kₜ), 1)   (or (aₜ, 1/t))",
         "C": "(gφ(qₜ)ᵀ, (1 − gφ(qₜ)ᵀΣφ(k))/t)   (or (gφ(qₜ)ᵀ, 1)), taps", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "rows sum to 1 (mean taken off)"
     source: ClassVar[str] = "Han et al. (2024), arXiv 2412.06590, eq. 5; causal form derived"
 
     def __init__(

@@ -87,6 +87,7 @@ class LinearAttention(SequenceMixer):
         "A": "I   (or ηₜ₋₁/ηₜ · I)", "B": "φ(kₜ)   (or φ(kₜ)/ηₜ)",
         "C": "φ(qₜ)ᵀ/ηₜ   (or φ(qₜ)ᵀ), ηₜ = φ(qₜ)ᵀ Σⱼ≤ₜ φ(kⱼ)", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "Σ φ(q)·φ(k)"
     source: ClassVar[str] = "Katharopoulos et al. (2020), eq. 9; Sieber et al. (2024), eq. 16"
 
     def __init__(

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from dsf.errors import DsfShapeError
 from dsf.models._mixer import SequenceMixer
+from dsf.models._projections import GatedRmsNorm
 from dsf.models._step_size import initial_step_bias, step_sizes
 from dsf.recurrence import Recurrence
 from dsf.scanning import step
@@ -90,25 +91,6 @@ def mamba2_recurrence(
     s = step_sizes(step_size, step_bias, softplus, limits)
     return ssd_recurrence(
         s * A, B, C, D, write_strength=s, reset=reset, initial_state=initial_state)  # fmt: skip
-
-
-class GatedRmsNorm(nn.Module):
-    """RMS norm of y SiLU(z) in groups of channels, or of y alone with the gate after it."""
-
-    def __init__(
-        self, width: int, *, n_group: int = 1, eps: float = 1e-5, norm_before_gate: bool = False
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.n_group, self.eps, self.norm_before_gate = n_group, eps, norm_before_gate
-
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """y, z (..., width)."""
-        y = y if self.norm_before_gate else y * functional.silu(z)
-        grouped = y.unflatten(-1, (self.n_group, -1))
-        scale = torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
-        y = (grouped * scale).flatten(-2) * self.weight
-        return y * functional.silu(z) if self.norm_before_gate else y
 
 
 class Mamba2(SequenceMixer):

@@ -7,13 +7,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dsf.errors import DsfValueError
+from dsf.errors import DsfUnsupportedError, DsfValueError
+from dsf.models._gated_linear import gated_linear_recurrence
 from dsf.models._heads import check_divides, merge_heads, split_heads
 from dsf.models._mixer import SequenceMixer
-from dsf.recurrence import Recurrence
 from dsf.scanning import scan
 from dsf.shapes import Bool, Float
-from dsf.transitions import Diagonal
+from dsf.short_convolution import short_convolution
+from dsf.wrappers import Bidirectional, System, anticausal
 
 SYSTEM = "metala"
 CONVENTIONS = ("code", "paper")
@@ -24,21 +25,29 @@ def metala_recurrence(
     log_decay: Float[Tensor, "batch time #head state"],
     *,
     scale: float = 1.0,
+    causal: bool = True,
     initial_state: Float[Tensor, "#batch #head state channel"] | None = None,
-) -> Recurrence:
+) -> System:
     """MetaLA's core over values (batch, time, head, channel).
 
         A_t = diag(alpha_t),   B_t = (1 - alpha_t)^T,   C_t = scale q_t,   D = 0
 
     log_decay = log alpha <= 0 (-inf is an exact overwrite); 1 - alpha is -expm1(log alpha). The
     released code scales by state^(-1/2), the paper does not. Row sums of the map are
-    sum_c q_c (1 - prod alpha_c): what is missing sits on the zero initial state. State: state x
-    channel a head. Source: Chou et al. (2024), eqs. 13, 14, A31-A37.
+    sum_c q_c (1 - prod alpha_c): what is missing sits on the zero initial state. Not causal: plus
+    the same backwards without the token itself, M_tj = C_t A_t ... A_(j-1) B_j for j > t, which
+    mirrors the causal half (the paper has such layers for some tasks without saying how: derived).
+    State: state x channel a head and direction. Raises DsfValueError on an initial state that is
+    not causal. Source: Chou et al. (2024), eqs. 13, 14, A31-A37.
     """
-    return Recurrence(
-        Diagonal(log_decay), -torch.expm1(log_decay)[..., None], (scale * query)[..., None, :],
-        initial_state=initial_state, system=SYSTEM,
-    )  # fmt: skip
+    if not causal and initial_state is not None:
+        raise DsfValueError(
+            f"dsf.{SYSTEM}_recurrence: initial_state: expected None for causal=False, got a "
+            f"tensor."
+        )
+    write = -torch.expm1(log_decay)  # the key of HGRN2 and of every key-free gated layer
+    r = gated_linear_recurrence(SYSTEM, query, write, log_decay, scale, initial_state)
+    return r if causal else Bidirectional(r, anticausal(r, strict=True))
 
 
 class _Parts(NamedTuple):
@@ -71,8 +80,9 @@ class MetaLA(SequenceMixer):
     its map and is added in `readout`, before the norm. Conventions: code has SiLU after the
     convolution, state^(-1/2) on q_t h_t (not on the augmentation) and one LayerNorm a head; paper
     has neither SiLU nor scale and one LayerNorm over all heads. conv_size 0 leaves the convolution
-    out. Parameter names are those of the release. Cost O(length x key_width x width / n_head),
-    state key_width x width / n_head a layer. Source: Chou et al. (2024), eqs. A31-A37.
+    out; it stays causal where the scan, with causal=False, looks both ways. Parameter names are
+    those of the release. Cost O(length x key_width x width / n_head), state key_width x width /
+    n_head a layer. Source: Chou et al. (2024), eqs. A31-A37.
     """
 
     system: ClassVar[str] = SYSTEM
@@ -91,6 +101,7 @@ class MetaLA(SequenceMixer):
         conv_size: int = 4,
         temperature: float = 16.0,
         convention: str = "code",
+        causal: bool = True,
         self_augmentation: bool = True,
         norm_eps: float = 1e-5,
     ) -> None:
@@ -103,7 +114,7 @@ class MetaLA(SequenceMixer):
         check_divides("MetaLA", "n_head", n_head, "width", width)
         check_divides("MetaLA", "n_head", n_head, "key_width", key_width)
         self.n_head, self.temperature, self.norm_eps = n_head, temperature, norm_eps
-        self.convention, self.conv_size = convention, conv_size
+        self.convention, self.conv_size, self.is_causal = convention, conv_size, causal
         self.scale = (key_width // n_head) ** -0.5 if convention == "code" else 1.0
         self.conv1d = nn.Conv1d(
             width, width, conv_size, groups=width, padding=conv_size - 1, bias=False
@@ -117,7 +128,7 @@ class MetaLA(SequenceMixer):
 
     def recurrence(
         self, x: Tensor, *, key_mask: Bool[Tensor, "batch time"] | None = None
-    ) -> tuple[Recurrence, Tensor]:
+    ) -> tuple[System, Tensor]:
         """The core and its values. A masked token has the value 0 but still decays the state."""
         parts = self._parts(self._convolved(x, key_mask), key_mask)
         return self._core(parts), parts.value
@@ -134,7 +145,14 @@ class MetaLA(SequenceMixer):
         return self._finish(scan(self._core(parts), parts.value), parts)
 
     def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, MetaLAState]:
-        """One token, with the last conv_size - 1 inputs and the memory as state."""
+        """One token, with the last conv_size - 1 inputs and the memory as state.
+
+        Raises DsfUnsupportedError for a layer that looks ahead.
+        """
+        if not self.is_causal:
+            raise DsfUnsupportedError(
+                "dsf.MetaLA.step: causal: expected a causal layer, got causal=False."
+            )
         x = x_t[:, None]
         past = x.new_zeros(x.shape[0], max(self.conv_size - 1, 0), x.shape[2])
         recent = torch.cat([past if state is None else state.convolution, x], dim=1)
@@ -148,7 +166,7 @@ class MetaLA(SequenceMixer):
             x = x * key_mask[..., None].to(x.dtype)
         if self.conv1d is None:
             return x
-        x = self.conv1d(x.mT)[..., : x.shape[1]].mT
+        x = short_convolution(x, self.conv1d.weight[:, 0])
         return nn.functional.silu(x) if self.convention == "code" else x
 
     def _parts(self, x: Tensor, key_mask: Tensor | None = None) -> _Parts:
@@ -159,10 +177,11 @@ class MetaLA(SequenceMixer):
         heads = [split_heads(p, self.n_head) for p in (self.q_proj(x), log_decay, value)]
         return _Parts(*heads, gate=nn.functional.silu(self.g_proj(x)))
 
-    def _core(self, parts: _Parts, memory: Tensor | None = None) -> Recurrence:
+    def _core(self, parts: _Parts, memory: Tensor | None = None) -> System:
         return metala_recurrence(
-            parts.query, parts.log_decay, scale=self.scale, initial_state=memory
-        )
+            parts.query, parts.log_decay, scale=self.scale, causal=self.is_causal,
+            initial_state=memory,
+        )  # fmt: skip
 
     def _finish(self, y: Tensor, parts: _Parts) -> Tensor:
         if self.aug_balance is not None:

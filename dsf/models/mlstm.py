@@ -30,23 +30,29 @@ def mlstm_recurrence(
     stabilised: bool = False,
     initial_state: Float[Tensor, "#batch #head state channel"] | None = None,
     initial_key_sum: Float[Tensor, "#batch #head state"] | None = None,
+    initial_maximum: Float[Tensor, "#batch #head"] | None = None,
 ) -> Recurrence:
     """mLSTM over values (batch, time, head, channel), from the gates' preactivations i and f.
 
         A_t = sigmoid(f_t) I,   B_t = exp(i_t) k_t,   C_t = scale q_t^T / eta_t,   D = 0
         eta_t = max(|scale q_t.n_t|, 1) + eps exp(m_t),   n_t = A_t n_{t-1} + B_t
-        m_t = max(m_{t-1} + logsigmoid(f_t), i_t),   m_0 = 0
+        m_t = max(m_{t-1} + logsigmoid(f_t), i_t),   m_0 = initial_maximum or 0
 
     scale is state^(-1/2) unless given. eps (1e-6 in the released code, which adds it to the
     stabilised divisor; 0 in the paper). exp(i) must fit the type; stabilised = True takes states
     divided by exp(m_t) instead: the same map, A_t = sigmoid(f_t) exp(m_{t-1} - m_t), any gates.
-    normalise=False sets eta = 1. State: state x (channel + 1) a head. Raises DsfShapeError.
+    normalise=False sets eta = 1. Both initial values are given in units of exp(m_0). State: state
+    x (channel + 1) a head. Raises DsfShapeError.
     Source: Beck et al. (2024), eqs. 19-27.
     """
     log_decay, log_write = functional.logsigmoid(forget_gate), input_gate
-    m = running_maximum(log_decay, log_write, 0.0)
+    m = running_maximum(log_decay, log_write, 0.0 if initial_maximum is None else initial_maximum)
     if stabilised:
         log_decay, log_write = in_units_of(m, log_decay, log_write)
+    elif initial_maximum is not None:
+        unit = initial_maximum.exp()[..., None]
+        initial_key_sum = None if initial_key_sum is None else unit * initial_key_sum
+        initial_state = None if initial_state is None else unit[..., None] * initial_state
     r = gated_linear_recurrence(SYSTEM, query, key, log_decay, scale, initial_state)
     gauge = "divided by exp(m_t)" if stabilised else "as given"
     assert isinstance(r.B, Tensor)
@@ -77,6 +83,7 @@ class Mlstm(HeadedMixer):
     equations: ClassVar[dict[str, str]] = {
         "A": "σ(fₜ) I", "B": "e^iₜ kₜ", "C": "qₜᵀ/(√N ηₜ), ηₜ = max(|qₜ·nₜ|/√N, 1)", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "max(|q·n|, 1)"
     source: ClassVar[str] = "Beck et al. (2024), arXiv 2405.04517, eqs. 19-27"
     is_divided = True
 

@@ -189,6 +189,7 @@ class MonarchAttention(SequenceMixer):
     equations: ClassVar[dict[str, str]] = {
         "A": "I (one state per token)", "B": "eₜ", "C": "row t of Pᵀ L̄ P R̄ (Monarch)", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "Σ exp, by blocks"
     source: ClassVar[str] = "Yaras et al. (2025), arXiv 2505.18698; causal form derived"
 
     def __init__(

@@ -70,6 +70,7 @@ class NormalizedAttention(SequenceMixer):
         "A": "I   (or ηₜ₋₁/ηₜ · I)", "B": "kₜ   (or kₜ/ηₜ)",
         "C": "qₜᵀ/ηₜ   (or qₜᵀ), ηₜ = exp(W_η uₜ)", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "exp(W_η x)"
     source: ClassVar[str] = "Sieber et al. (2024), eqs. 22, 29, 30"
 
     def __init__(

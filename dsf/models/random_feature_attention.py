@@ -65,7 +65,8 @@ def random_feature_attention_recurrence(
     key = share_groups(key, query.shape[2])
     q, k = (random_features(root * x, directions, kind, log_weight) for x in (query, key))
     if not causal:
-        top = k.log_scale.detach().amax(1, keepdim=True)
+        top = k.log_scale.detach()
+        top = top.amax(1, keepdim=True) if top.shape[1] else top
         psi = k.signed * torch.exp(k.log_scale - top)[..., None]
         if normalise:
             log_eta, sign = log_and_sign(kernel_sum(q.signed, psi, causal=False))
@@ -106,6 +107,7 @@ class RandomFeatureAttention(SequenceMixer):
         "A": "exp(mₜ₋₁ − mₜ) I, mₜ the largest log feature (I in plain coordinates)",
         "B": "φ(kₜ) exp(−mₜ)", "C": "φ(qₜ)ᵀ exp(mₜ)/ηₜ", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "Σ φ(q)·φ(k)"
     source: ClassVar[str] = "Choromanski et al. (2021), arXiv 2009.14794, eqs. 5-7"
     directions: Tensor
     log_weight: Tensor

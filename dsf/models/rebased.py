@@ -48,6 +48,7 @@ class Rebased(KernelMixer):
     equations: ClassVar[dict[str, str]] = {
         "A": "I", "B": "φ(k′ₜ), φ(q)·φ(k) = (q·k)²", "C": "φ(q′ₜ/√d)ᵀ/ηₜ", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "Σ φ(q)·φ(k) + ε"
     source: ClassVar[str] = "Aksenov et al. (2024), arXiv 2402.10644, eq. 9"
     default_eps: ClassVar[float] = 1e-5
 

@@ -74,6 +74,7 @@ class Rwkv4(WindowedMixer):
         "A": "[[e^w, 1], [0, 0]], per channel", "B": "[0, e^kₜ]",
         "C": "[1, e^u]/ηₜ, ηₜ = Σⱼ weights", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "Σ exp"
     source: ClassVar[str] = "Peng et al. (2023), arXiv 2305.13048, eqs. 16-18"
     n_past = 1
     is_divided = True

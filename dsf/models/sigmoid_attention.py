@@ -9,11 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dsf.coefficient_forms import cache_form, refuse_beyond_scores, scales, shared_keys
+from dsf.coefficients import CoefficientDynamics
+from dsf.errors import DsfUnsupportedError
 from dsf.factors import SoftmaxRows
 from dsf.mixing_rows import MixingRows
 from dsf.models._cached import CachedMixer, cache_recurrence
 from dsf.models._heads import check_query_key
 from dsf.shapes import Bool, Float, Inexact
+from dsf.transitions import Identity
 from dsf.transitions._base import register
 from dsf.wrappers import Bidirectional, System
 
@@ -56,6 +60,23 @@ class SigmoidRows(MixingRows):
     def shape_faults(self) -> list[str]:
         """Those of the logits."""
         return self.scores.shape_faults()
+
+
+@cache_form.register
+def sigmoid_form(rows: SigmoidRows) -> CoefficientDynamics:
+    """A = I, b = scale, phi = sigmoid(. + offset), eta = 1. Raises DsfUnsupportedError."""
+    scores = rows.scores
+    refuse_beyond_scores(scores, bias=True)
+    bias = scores.bias
+    if bias is not None and bias.numel() > 1:
+        raise DsfUnsupportedError(
+            "dsf.coefficient_dynamics: system: expected one offset for all logits, got a bias of "
+            f"shape {tuple(bias.shape)}."
+        )
+    return CoefficientDynamics(
+        Identity(scores.query.shape[-1]), scales(scores), shared_keys(scores), scores.query,
+        readout="sigmoid", offset=0.0 if bias is None else float(bias),
+    )  # fmt: skip
 
 
 def sigmoid_attention_recurrence(

@@ -80,6 +80,7 @@ class SlidingWindowAttention(HeadedMixer):
         "A": "shift (one state per token of the window)", "B": "e₁",
         "C": "softmaxᵢ(qₜ·kₜ₋ᵢ/√d), i < w", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "Σ exp"
     source: ClassVar[str] = "Beltagy et al. (2020), arXiv 2004.05150; Jiang et al. (2023)"
 
     def __init__(

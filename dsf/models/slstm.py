@@ -120,6 +120,7 @@ class Slstm(SequenceMixer):
         "A": "diag σ(fₜ), along the trajectory", "B": "e^iₜ",
         "C": "σ(oₜ)/nₜ, nₜ = σ(fₜ)nₜ₋₁ + e^iₜ", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "nₜ"
     source: ClassVar[str] = "Beck et al. (2024), arXiv 2405.04517, eqs. 8-18"
 
     def __init__(self, width: int, n_head: int = 4, *, norm_eps: float = 1e-5) -> None:

@@ -111,7 +111,8 @@ class SoftmaxAttention(SequenceMixer):
     """Multi-head softmax attention with grouped keys, rotary positions, a window, a sink.
 
     width is split over n_head heads (or head_width is given); n_group key-value heads are shared
-    (n_head by default). rope_base None leaves positions out. Cost O(length^2 width); `step` costs
+    (n_head by default). rope_base None leaves positions out. qk_norm: an RMS norm of each head's
+    query and key before the rotation (Qwen3). Cost O(length^2 width); `step` costs
     O(cache), and the cache is the window or all tokens: the one system here whose memory grows.
     """
 
@@ -119,6 +120,7 @@ class SoftmaxAttention(SequenceMixer):
     equations: ClassVar[dict[str, str]] = {
         "A": "I (one state per token)", "B": "eₜ", "C": "softmaxⱼ(qₜ·kⱼ/√d), j ≤ t", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "Σ exp"
     source: ClassVar[str] = "Vaswani et al. (2017), eq. 1; Sieber et al. (2024), eq. 18"
 
     def __init__(
@@ -133,6 +135,8 @@ class SoftmaxAttention(SequenceMixer):
         window: int | None = None,
         softcap: float | None = None,
         sink: bool = False,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
         bias: bool = True,
     ) -> None:
         super().__init__()
@@ -149,6 +153,9 @@ class SoftmaxAttention(SequenceMixer):
         self.key = nn.Linear(width, shared, bias=bias)
         self.value = nn.Linear(width, shared, bias=bias)
         self.out = nn.Linear(inner, width, bias=bias)
+        self.query_norm, self.key_norm = (
+            nn.RMSNorm(self.head_width, eps=norm_eps) if qk_norm else None for _ in range(2)
+        )
         self.sink = nn.Parameter(torch.zeros(n_head)) if sink else None
 
     @classmethod
@@ -161,6 +168,8 @@ class SoftmaxAttention(SequenceMixer):
         q = split_heads(self.query(x), self.n_head)
         k = split_heads(self.key(x), self.n_group)
         v = split_heads(self.value(x), self.n_group)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if self.rope_base is not None:
             tables = rotary_tables(
                 x.shape[1], self.head_width, base=self.rope_base, start=start, dtype=x.dtype,

@@ -128,6 +128,7 @@ class TaylorAttention(SequenceMixer):
         "A": "I   (or ηₜ₋₁/ηₜ · I)", "B": "φₚ(kₜ), all monomials up to order p",
         "C": "φₚ(qₜ)ᵀ/ηₜ, ηₜ = φₚ(qₜ)ᵀ Σⱼ≤ₜ φₚ(kⱼ)", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "Σ φ(q)·φ(k)"
     source: ClassVar[str] = "Sieber et al. (2024), Lemma 1; Arora et al. (2024), arXiv 2402.18668"
 
     def __init__(

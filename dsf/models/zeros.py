@@ -171,6 +171,7 @@ class ZeroS(SequenceMixer):
         "A": "I ⊗ aₜ   (I, diagonal or 3 × 3 blocks)", "B": "k̂ₜ ⊗ bₜ, raw: bₜ = (e^sₜ, sₜ, 1)",
         "C": "q̂ₜᵀ ⊗ cₜᵀ, raw: cₜ = (σʰ/Eₜ, (σ¹−σʰ)/t, γₜ)", "D": "0",
     }  # fmt: skip
+    normalised_by: ClassVar[str] = "rows sum to 0 (radial part)"
     source: ClassVar[str] = "Lu et al. (2025), sections 3.2-3.4"
 
     def __init__(
