@@ -36,6 +36,11 @@ class Float64Throughout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def casts_neutralised() -> bool:
+    """Whether `Float64Throughout` is active: asked of a cast itself."""
+    return torch.zeros((), dtype=torch.float64).float().dtype == torch.float64
+
+
 def _widens(x: Any) -> bool:
     return isinstance(x, Tensor) and (
         x.dtype == torch.float64 or not (x.is_floating_point() or x.is_complex())

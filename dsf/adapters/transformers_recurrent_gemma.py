@@ -9,47 +9,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsf.adapters._contract import Adapter, Built, TappedCall, Visit, first_tensor
-from dsf.adapters.transformers_mamba import require_transformers
-from dsf.errors import DsfUnsupportedError
+from dsf.adapters._contract import Built, Visit, first_tensor
+from dsf.adapters._tapped import Place, TappedLayer, method_of, transformers_classes
 from dsf.recurrence import Recurrence
 from dsf.transitions import Diagonal
 
-_FILE = "transformers.models.recurrent_gemma.modeling_recurrent_gemma"
-_METHOD = "_rnn_scan"
 _STATES = ("recurrent_states", "conv1d_state")
 
 
-class RecurrentGemma(Adapter):
+class RecurrentGemma(TappedLayer):
     """The recurrent block, or its RG-LRU alone: h_t = a_t h_{t-1} + x_t, a_t = 0 at a reset.
 
     The state lives on the modules, where the block clears it; it is put back after each pass.
     """
 
     name = "transformers_recurrent_gemma"
+    systems = ("rglru",)
+    tapped = "the scan method of the RG-LRU"
     covers = ("transformers: RecurrentGemma's recurrent block and its RG-LRU",)
-    classes = frozenset({f"{_FILE}:RecurrentGemmaRecurrentBlock", f"{_FILE}:RecurrentGemmaRglru"})
+    classes = transformers_classes(
+        {"recurrent_gemma": "RecurrentGemmaRecurrentBlock RecurrentGemmaRglru"}
+    )
+
+    def places(self, module: nn.Module) -> list[Place]:
+        """The scan method of the RG-LRU."""
+        return [method_of(getattr(module, "rg_lru", module), "_rnn_scan")]
 
     @contextlib.contextmanager
     def tap(self, modules: list[nn.Module], record: Callable) -> Iterator[None]:
-        """Set the method on each instance, and take it off again."""
-        require_transformers(self.name)
+        """Record the method, and put back the states that the pass changes."""
         with contextlib.ExitStack() as stack:
             for module in modules:
                 stack.enter_context(_states_kept(module))
-                unit = _unit(module)
-                original = getattr(unit, _METHOD)
-                stack.enter_context(
-                    _method(unit, _recording(module, original, record)))  # fmt: skip
+            stack.enter_context(super().tap(modules, record))
             yield
 
     def build(self, visit: Visit) -> list[Built]:
         """From a_t, x_t, resets as they enter the scan; values (batch, time, channel, 1)."""
-        if len(visit.taps) != 1:
-            raise DsfUnsupportedError(
-                f"dsf.trace: {visit.path}: expected one call of {_METHOD}, got {len(visit.taps)}."
-            )
-        given = visit.taps[0].kwargs
+        given = self.arguments(visit)
         x, decay = given["hidden_states"], given["recurrent_gate"]
         start = given["recurrent_states"]
         one = torch.ones(1, 1, 1, 1, 1, dtype=x.dtype, device=x.device)
@@ -61,47 +58,19 @@ class RecurrentGemma(Adapter):
             system="rglru",
         )  # fmt: skip
 
+        def result(y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+            return y.squeeze(-1), y[:, -1].squeeze(-1)
+
+        rest = self.readout(visit, result)
+
         def readout(y: Tensor) -> Tensor:
-            def giving(**kwargs: Any) -> tuple[Tensor, Tensor]:
-                return result(y), result(y)[:, -1]
-
-            with _states_kept(visit.module), _method(_unit(visit.module), giving):
-                return first_tensor(visit.module.forward(*visit.args, **visit.kwargs))
-
-        def result(y: Tensor) -> Tensor:
-            return y.squeeze(-1)
+            with _states_kept(visit.module):
+                return rest(y)
 
         return [Built(
             "rglru", recurrence, x[..., None], readout, first_tensor(visit.output),
-            tapped=first_tensor(visit.taps[0].result), to_tapped=result,
+            tapped=first_tensor(visit.taps[0].result), to_tapped=lambda y: y.squeeze(-1),
         )]  # fmt: skip
-
-
-def _unit(module: nn.Module) -> nn.Module:
-    return getattr(module, "rg_lru", module)
-
-
-def _recording(module: nn.Module, original: Callable, record: Callable) -> Callable:
-    def tapped(**kwargs: Any) -> Any:
-        kept = {n: v.clone() if isinstance(v, Tensor) else v for n, v in kwargs.items()}
-        result = original(**kwargs)
-        record(module, TappedCall(_METHOD, (), kept, result, "torch"))
-        return result
-
-    return tapped
-
-
-@contextlib.contextmanager
-def _method(unit: nn.Module, function: Callable) -> Iterator[None]:
-    before = unit.__dict__.get(_METHOD)
-    unit.__dict__[_METHOD] = function
-    try:
-        yield
-    finally:
-        if before is None:
-            del unit.__dict__[_METHOD]
-        else:
-            unit.__dict__[_METHOD] = before
 
 
 @contextlib.contextmanager
