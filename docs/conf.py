@@ -7,7 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 import dsf
+from dsf.adapters._table import layer_rows, registry_folders
+from dsf.report import systems_markdown
 
 project = "dsf"
 author = "the dsf contributors"
@@ -30,7 +34,10 @@ suppress_warnings = ["config.cache"]
 
 
 def generate() -> None:
-    """One automodule line for each file of models and measures, so that new ones appear."""
+    """Lists from the code, so that new files appear: models, measures, layers of other libraries.
+
+    The releases in the table of layers are those that constraints.txt pins for the tests.
+    """
     folder = Path(__file__).parent / "_generated"
     folder.mkdir(exist_ok=True)
     for package in (dsf.models, dsf.measures):
@@ -38,6 +45,15 @@ def generate() -> None:
         lines = [f".. automodule:: {package.__name__}.{name}" for name in modules]
         name = package.__name__.rpartition(".")[2]
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    pins = (Path(__file__).parent.parent / "constraints.txt").read_text(encoding="utf-8")
+    tried = dict(re.findall(r"^(torch|transformers)==(\S+)", pins, re.MULTILINE))
+    (folder / "layers.md").write_text(
+        systems_markdown(layer_rows(tried)) + "\n", encoding="utf-8")  # fmt: skip
+    folders = registry_folders(Path(transformers.__file__).parent / "models")
+    names = ", ".join(f"`{name}`" for name in folders)
+    (folder / "attention_interface.md").write_text(
+        f"In transformers {transformers.__version__} these {len(folders)} folders have one: "
+        f"{names}.\n", encoding="utf-8")  # fmt: skip
 
 
 def as_rst(text: str) -> list[str]:

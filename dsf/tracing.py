@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dsf import __version__
 from dsf.adapters import Built, Visit, unsupported
+from dsf.adapters._checkpoint import Checkpoint, compare_weights
+from dsf.adapters._replay import Source
 from dsf.adapters._selection import (
     Chosen,
     form_c,
@@ -29,6 +31,9 @@ from dsf.errors import DsfFidelityError, DsfTypeError, DsfValueError
 from dsf.scanning import scan
 from dsf.wrappers import System
 
+if TYPE_CHECKING:
+    import dsf.blocks
+
 TOLERANCE = {
     torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2,
 }  # fmt: skip
@@ -45,6 +50,7 @@ class LayerTrace:
     system. `readout` runs the layer's own gates, norms and projections; hooks that the user has
     put on the layer's parts fire again when it is called. attrs: scan_error (before the readout,
     where the layer has such a point), implementation, precision, class, tolerance, versions.
+    `source` is the pass itself, for `block` and `dsf.rollout`.
     """
 
     name: str
@@ -56,6 +62,13 @@ class LayerTrace:
     output: Tensor = dataclasses.field(repr=False)
     error: float
     attrs: dict[str, Any] = dataclasses.field(repr=False)
+    source: Source | None = dataclasses.field(default=None, repr=False)
+
+    def block(self, *, tolerance: float | None = None) -> dsf.blocks.Block:
+        """The whole layer, projections, convolution, gates and norms frozen: see `dsf.Block`."""
+        from dsf.blocks import block_of
+
+        return block_of(self, tolerance=tolerance)
 
 
 def from_layer(
@@ -66,6 +79,7 @@ def from_layer(
     tolerance: float | None = None,
     precision: str = "auto",
     gradients: bool = False,
+    checkpoint: Checkpoint | None = None,
     **kwargs: Any,
 ) -> LayerTrace:
     """The recurrence of one layer on one batch of input.
@@ -81,6 +95,9 @@ def from_layer(
     precision: "auto" takes float32 casts out of a float64 layer for the pass
         (`dsf.precision.Float64Throughout`); "native" runs it as it is.
     gradients: keep the recurrence on the autograd graph of the layer's input and weights.
+    checkpoint: a safetensors file, a folder of them or a mapping of tensors. The traced layers'
+        weights are compared with it before the pass; any difference raises DsfValueError with
+        the names and the largest difference.
 
     The pass runs in evaluation mode, without cache; modes, functions, attention implementation,
     hooks and states held by modules are put back, also after an exception.
@@ -95,7 +112,7 @@ def from_layer(
                 "given, got further arguments."
             )
         found = trace(module, inputs, [layer], tolerance=tolerance, precision=precision,
-                      gradients=gradients)  # fmt: skip
+                      gradients=gradients, checkpoint=checkpoint)  # fmt: skip
         return _only(found, layer)
     if inputs is not None:
         kwargs = {**kwargs, "inputs": inputs}
@@ -109,6 +126,7 @@ def from_layer(
             f"{len(layers)}: {listed(layers)}. Name one: {form_c(next(iter(layers)))}, "
             f"or use dsf.trace for all."
         )
+    compare_weights(checkpoint, layers)
     call = layer_call("dsf.from_layer", module, args, kwargs)
     return _only(_trace(module, call, layers, None, tolerance, precision, gradients), "")
 
@@ -121,6 +139,7 @@ def trace(
     tolerance: float | None = None,
     precision: str = "auto",
     gradients: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, LayerTrace]:
     """Every covered layer of a model on one pass, in the order in which the layers ran.
 
@@ -135,6 +154,7 @@ def trace(
     chosen = layers_of(model) if layers is None else named_layers("dsf.trace", model, layers)
     if not chosen:
         raise unsupported("dsf.trace", model)
+    compare_weights(checkpoint, chosen)
     call = model_call("dsf.trace", model, inputs)
     return _trace(model, call, chosen, layers, tolerance, precision, gradients)
 
@@ -175,6 +195,20 @@ def _trace(
             f"dsf.trace: layers: expected layers that run on these inputs, got "
             f"{listed(missing or chosen)}, which did not run."
         )
+    return traces_of(model, call, visits, chosen, asked, tolerance, gradients, float64)
+
+
+def traces_of(
+    model: nn.Module,
+    call: Callable[[], Any],
+    visits: list[Visit],
+    chosen: Chosen,
+    asked: Sequence[str] | None,
+    tolerance: float | None,
+    gradients: bool,
+    float64: bool,
+) -> dict[str, LayerTrace]:
+    """A trace of each part of each visit that was asked for, checked against its output."""
     found: dict[str, LayerTrace] = {}
     counts: dict[str, int] = {}
     for visit in visits:
@@ -185,11 +219,12 @@ def _trace(
             raise not_called(visit, adapter)
         with quiet(visit.module, float64=float64), torch.set_grad_enabled(gradients):
             built = adapter.build(visit)
-        for part in built:
+        for number, part in enumerate(built):
             name = ".".join(n for n in (visit.path, part.suffix) if n)
             name += f"#{counts[visit.path]}" if counts[visit.path] > 1 else ""
             if asked is None or {name, name.split("#")[0], visit.path} & set(asked):
-                found[name] = _layer_trace(name, visit, part, len(found), tolerance, float64)
+                source = Source(model, call, adapter, visit, number, counts[visit.path], float64)
+                found[name] = _layer_trace(name, part, len(found), tolerance, source)
     absent = [a for a in asked or () if a not in found and a not in chosen]
     if absent:
         raise DsfValueError(
@@ -200,8 +235,10 @@ def _trace(
 
 
 def _layer_trace(
-    name: str, visit: Visit, part: Built, order: int, tolerance: float | None, float64: bool
+    name: str, part: Built, order: int, tolerance: float | None, source: Source
 ) -> LayerTrace:
+    visit, float64 = source.visit, source.float64
+
     def readout(y: Tensor) -> Tensor:
         with quiet(visit.module, float64=float64):
             return part.readout(y)
@@ -227,7 +264,7 @@ def _layer_trace(
         attrs["transformers_version"] = sys.modules["transformers"].__version__
     index = _index(name, visit.module, order) if part.layer is None else part.layer
     return LayerTrace(name, index, part.system, part.recurrence, part.values, readout,
-                      part.output, error, {**attrs, **part.attrs})  # fmt: skip
+                      part.output, error, {**attrs, **part.attrs}, source)  # fmt: skip
 
 
 def _unfaithful(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import dsf
-from dsf.errors import DsfFidelityError, DsfTypeError, DsfUnsupportedError, DsfValueError
+from dsf.errors import DsfFidelityError, DsfTypeError, DsfValueError
 from dsf.models.rnn import elman_recurrence
 from dsf.models.rnn import recurrences_of as elman_runs
 from dsf.tracing import from_layer, relative_error, trace
@@ -130,12 +130,12 @@ def test_a_row_that_sees_nothing_is_zero_without_weights():
         from_layer(module, x, x, x, attn_mask=hidden, need_weights=True)
 
 
-def test_cross_attention_of_equal_lengths_only():
+def test_cross_attention_of_equal_lengths_has_one_axis_of_time():
     module, x = _attention(torch.float64, batch_first=True), _input(torch.float64)
     other = _input(torch.float64, seed=5)
-    assert from_layer(module, x, other, other).error <= TOLERANCE[torch.float64]
-    with pytest.raises(DsfUnsupportedError, match=r"cross-attention.*5 keys and 7 queries"):
-        from_layer(module, x, other[:, :5], other[:, :5])
+    layer = from_layer(module, x, other, other)
+    assert layer.error <= TOLERANCE[torch.float64]
+    assert isinstance(layer.recurrence, dsf.Bidirectional)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,7 +11,7 @@ import transformers
 from transformers.models.mamba import modeling_mamba
 
 import dsf
-from dsf.errors import DsfFidelityError, DsfUnsupportedError
+from dsf.errors import DsfFidelityError
 from dsf.tracing import relative_error, trace
 from dsf.wrappers import core
 
@@ -117,24 +117,6 @@ def test_a_sink_leaves_rows_below_one():
     for layer in layers.values():
         assert core(layer.recurrence).C.sink is not None
         assert float(dsf.materialise(layer.recurrence).sum(-1).max()) < 1
-
-
-def test_cross_attention_of_equal_lengths_is_covered_and_of_unequal_ones_refused():
-    from transformers import T5Config, T5Model
-
-    torch.manual_seed(0)
-    model = T5Model(T5Config(
-        vocab_size=tiny_models.VOCABULARY, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3,
-        pad_token_id=0, decoder_start_token_id=0,
-    )).eval()  # fmt: skip
-    inputs = tiny_models.inputs("right")
-    found = trace(model, {**inputs, "decoder_input_ids": inputs["input_ids"]})
-    assert [name.rsplit(".", 1)[1] for name in found] == [
-        "SelfAttention", "SelfAttention", "EncDecAttention"]  # fmt: skip
-    shorter = {**inputs, "decoder_input_ids": inputs["input_ids"][:, :7]}
-    with pytest.raises(DsfUnsupportedError, match=r"cross-attention.*13 keys and 7 queries"):
-        trace(model, shorter)
-    assert len(trace(model, shorter, ["decoder.block.0.layer.0.SelfAttention"])) == 1
 
 
 def test_a_shared_layer_is_numbered_by_visit():

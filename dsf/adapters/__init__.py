@@ -80,4 +80,21 @@ def unsupported(function: str, module: nn.Module, path: str = "") -> DsfUnsuppor
         f"To add one, write a subclass of dsf.adapters.Adapter (recognises, tap, build) and "
         f"declare it as an entry point of the group {GROUP!r}; with tensors of your own use "
         f"dsf.Recurrence or the <system>_recurrence functions of dsf.models."
+        f"{_outside_the_interface(module)}"
+    )
+
+
+def _outside_the_interface(module: nn.Module) -> str:
+    """Why transformers' attention layers in it are not covered, where there are any."""
+    kinds = {
+        type(m).__name__ for m in module.modules()
+        if type(m).__module__.startswith("transformers.models.")
+        and "Attention" in type(m).__name__
+    }  # fmt: skip
+    if not kinds:
+        return ""
+    return (
+        f" {', '.join(sorted(kinds))}: no part of it calls transformers' attention interface "
+        f"(ALL_ATTENTION_FUNCTIONS), where queries, keys and values would be read, and no adapter "
+        f"knows what it computes instead."
     )

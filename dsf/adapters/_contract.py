@@ -26,7 +26,10 @@ class TappedCall:
 
 @dataclasses.dataclass
 class Visit:
-    """One run of one layer on the real forward pass."""
+    """One run of one layer on the real forward pass.
+
+    `past` is the number of tokens that the model's cache had seen before, None without a cache.
+    """
 
     path: str
     module: nn.Module
@@ -34,6 +37,7 @@ class Visit:
     kwargs: dict[str, Any]
     output: Any = None
     taps: list[TappedCall] = dataclasses.field(default_factory=list)
+    past: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,16 @@ class Adapter:
     classes: ClassVar[frozenset[str]] = frozenset()
     """`module:Class`, compared with every class along the layer's `__mro__`, nothing imported."""
     needs_tap: ClassVar[bool] = True
+    decodes: ClassVar[bool] = False
+    """Whether `build` also understands calls with a cache, for `dsf.trace_decoding`."""
+    systems: ClassVar[tuple[str, ...]] = ()
+    """The registered names it builds, and `tapped`, where it reads them: for the table of layers,
+    which otherwise goes by `name`, `functions` and `needs_tap`."""
+    tapped: ClassVar[str] = ""
+    scope: ClassVar[str] = "exact"
+    """Or "along trajectory": coefficients that depend on the layer's own state."""
+    releases: ClassVar[str] = ""
+    """What it was tried with ("fla 0.6.0"), where the pins of the tests do not say."""
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether this adapter covers the layer, told from its class names alone."""
@@ -77,7 +91,8 @@ class Adapter:
     def tap(self, modules: list[nn.Module], record: Callable) -> contextlib.AbstractContextManager:
         """Open the taps for one pass over these layers, and close them whatever happens.
 
-        `record(module or None, TappedCall)` files a call under the layer that is running.
+        `record(module, TappedCall)` files a call under that layer if it is running; with a list,
+        under the innermost running layer if it is in the list; with None, under any innermost one.
         """
         return contextlib.nullcontext()
 

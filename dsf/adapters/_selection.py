@@ -78,8 +78,8 @@ def refuse_cache(function: str, arguments: Mapping[str, Any]) -> None:
         if arguments.get(name) is not None:
             raise DsfUnsupportedError(
                 f"{function}: {name}: expected no cache, got {type(arguments[name]).__name__}. "
-                f"Pass the whole sequence at once; dsf.step then runs its recurrence token by "
-                f"token."
+                f"Pass the whole sequence at once, or trace each call with a cache by "
+                f"dsf.trace_decoding."
             )
 
 
@@ -161,11 +161,17 @@ def listed(names: Iterable[str], most: int = 12) -> str:
 
 def not_called(visit: Visit, adapter: Adapter) -> DsfUnsupportedError:
     """The error for a layer that ran without its tapped function being called."""
+    where = visit.path or type(visit.module).__name__
+    if "forward" in visit.module.__dict__:
+        return DsfUnsupportedError(
+            f"dsf.trace: {where}: expected a layer that runs its own forward, got one that was "
+            f"given another (kernelize() and use_kernels=True do this), which never calls the "
+            f"function that adapter {adapter.name!r} taps. Load the model without kernels."
+        )
     return DsfUnsupportedError(
-        f"dsf.trace: {visit.path or type(visit.module).__name__}: expected the layer to call the "
-        f"function that adapter {adapter.name!r} taps, got no call. A model after kernelize() or "
-        f"use_kernels=True, a one-token pass, or a subclass with its own forward goes around it. "
-        f"Load the model without kernels, pass the whole sequence, or add an adapter."
+        f"dsf.trace: {where}: expected the layer to call the function that adapter "
+        f"{adapter.name!r} taps, got no call. A subclass with its own forward, or a pass of one "
+        f"token with a cache, goes around it. Pass the whole sequence, or add an adapter."
     )
 
 

@@ -23,6 +23,7 @@ class Session:
     def __init__(self, *, gradients: bool) -> None:
         self.gradients = gradients
         self.visits: list[Visit] = []
+        self.past: int | None = None
         self._stack: list[Visit] = []
 
     @property
@@ -30,15 +31,24 @@ class Session:
         """False while another pass or a replay runs inside this one."""
         return _running.get()[-1:] == (self,)
 
-    def record(self, module: nn.Module | None, call: TappedCall) -> None:
-        """File a tapped call under the running layer (`module`, or the innermost one)."""
+    def record(self, module: nn.Module | list[nn.Module] | None, call: TappedCall) -> None:
+        """File a tapped call under the running layer: `module`, or the innermost one.
+
+        A list: under the innermost one if it is in the list. Another adapter's layer may call the
+        same function for a part of its own.
+        """
         if not self.listening:
             return
-        at = [v for v in self._stack if module is None or v.module is module]
+        if isinstance(module, list):
+            at = [v for v in self._stack[-1:] if any(v.module is m for m in module)]
+        else:
+            at = [v for v in self._stack if module is None or v.module is module]
         if not at:
             return
         if not self.gradients:  # parameters are handed over as they are
             call.args, call.kwargs = pytree.tree_map(_detached, (call.args, call.kwargs))
+        if self.past is not None:  # a cache is written on in place
+            call.args, call.kwargs = pytree.tree_map(_copied, (call.args, call.kwargs))
         at[-1].taps.append(call)
 
     @contextlib.contextmanager
@@ -56,7 +66,7 @@ class Session:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if self.listening:
                 args, kwargs = self._kept((args, kwargs))
-                self._stack.append(Visit(path, module, args, kwargs))
+                self._stack.append(Visit(path, module, args, kwargs, past=self.past))
 
         return hook
 
@@ -79,6 +89,17 @@ class Session:
 
 def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, Tensor) else x
+
+
+def _copied(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def cache_has_seen(tokens: int) -> None:
+    """Said inside a pass, before the model is called: so many tokens are in its cache."""
+    session = _running.get()[-1]
+    assert isinstance(session, Session)
+    session.past = tokens
 
 
 def run_pass(
@@ -125,10 +146,16 @@ def quiet(model: nn.Module, *, float64: bool, inner: object = None) -> Iterator[
 
 @contextlib.contextmanager
 def replaced(namespace: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """A module-level name replaced for a while, whatever its kind."""
-    original = namespace[name]
+    """A name of a module or an instance replaced for a while, whatever its kind.
+
+    A name that was not there, such as a method's on its instance, is taken away again.
+    """
+    there, original = name in namespace, namespace.get(name)
     namespace[name] = value
     try:
         yield
     finally:
-        namespace[name] = original
+        if there:
+            namespace[name] = original
+        else:
+            del namespace[name]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from dsf.errors import DsfUnsupportedError
+from dsf.cross_rows import CrossRows
 from dsf.factors import OneHot, SoftmaxRows
-from dsf.models.softmax_attention import SYSTEM, softmax_attention_recurrence
+from dsf.models.softmax_attention import SYSTEM
+from dsf.recurrence import Recurrence
 from dsf.transitions import Identity
-from dsf.wrappers import Anticausal, Bidirectional, System, core
+from dsf.wrappers import Bidirectional, System
 
-__all__ = ["SYSTEM", "attention_system"]
+__all__ = ["SYSTEM", "attention_system", "cross_attrs"]
 
 
 def attention_system(
@@ -29,81 +32,101 @@ def attention_system(
     softcap: float | None = None,
     sink: Tensor | None = None,
     extra: tuple[Tensor, Tensor] | None = None,
+    past: int | None = None,
+    cross: bool = False,
 ) -> tuple[System, Tensor]:
     """Softmax attention as a system, and its values (batch, time, head, channel).
 
-    query (batch, time, head, width), key (batch, time, group, width), value (batch, time, group,
+    query (batch, query, head, width), key (batch, key, group, width), value (batch, key, group,
     channel). mask broadcasts to (batch, head, query, key): True for seen keys, or numbers to add,
     where -inf and the dtype's least number hide a key. A row without any key gives zero under a
     boolean or -inf mask and equal weights under the least number, as softmax does. bias is added
-    on top. `extra` (keys, values), each (1, slot, head, width): slots that are no tokens (torch's
-    bias_k, bias_v), see `_with_slots`.
+    on top. causal hides the keys behind number t from query t. `extra` (keys, values), each (1,
+    slot, head, width): slots that are no tokens (torch's bias_k, bias_v) and hold their values
+    from the start; they come behind the others, so that columns of the map remain tokens.
 
     A map with nothing above the diagonal gives a causal Recurrence, any other a Bidirectional.
-    Raises DsfUnsupportedError when keys and queries differ in number.
+
+    past: with a cache, how many tokens it has seen before these queries. Keys and values are those
+    of all its slots; what was there before is the initial state.
+    cross: keys and queries are two sequences. Time runs through the keys, which are written, then
+    through the queries, which read: values are zero at the latter, outputs at the former.
     """
-    length = query.shape[1]
-    if key.shape[1] != length:
-        raise DsfUnsupportedError(
-            f"dsf.from_layer: cross-attention: expected as many keys as queries, got "
-            f"{key.shape[1]} keys and {length} queries. A recurrence has one axis of time, on "
-            f"which values enter and outputs leave. Give inputs of equal length, or leave this "
-            f"layer out by naming the others in layers=[...]."
-        )
-    mask = _expanded(mask, length)
-    visible, added = _split(mask, causal)
-    ahead = not causal if visible is None else bool(visible.triu(1).any())
-    added = bias if added is None else added if bias is None else added + bias
-    options: dict = {"causal": not ahead}
-    if visible is not None:
-        pattern = _pattern(visible, ahead) if added is None and extra is None else None
-        if pattern is None:
-            added = _hidden(visible, added, query)
-        else:
-            options = {**options, **pattern}
-    if extra is not None and ahead is False and visible is None:
-        lower = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        added = _hidden(lower[None, None], added, query)
-    if "key_mask" in options:
-        options["key_mask"] = options["key_mask"].expand(query.shape[0], length)
-    system = softmax_attention_recurrence(
-        query, key, bias=added, scale=scale, softcap=softcap, sink=sink, **options)  # fmt: skip
-    heads = query.shape[2]
+    heads, n_query, n_key = query.shape[2], query.shape[1], key.shape[1]
     if value.shape[2] not in (1, heads):
         value = value.repeat_interleave(heads // value.shape[2], 2)
-    return system if extra is None else _with_slots(system, *extra), value
+    offset = 0
+    if past is not None and not cross:
+        offset = min(past, n_key - n_query)  # a window forgets its first slots
+    rows = SoftmaxRows(query, key, bias, sink=sink, scale=scale, softcap=softcap,
+                       causal=False, query_start=offset)  # fmt: skip
+    rows, ahead = _masked(rows, mask, causal=causal, cross=cross, slots=extra is not None)
+    held = None
+    if not cross and n_key > n_query:
+        slot = torch.arange(n_key, device=value.device) - offset
+        new = (slot >= 0) & (slot < n_query)
+        held = value.masked_fill(new[:, None, None], 0).transpose(1, 2)
+        value = value[:, offset : offset + n_query]
+    if extra is not None:
+        rows, held = _with_slots(rows, held, *extra)
+    if cross:
+        value = pad(value, (0, 0, 0, 0, 0, n_query))
+        held = None if held is None else pad(held, (0, 0, n_query, 0))
+    C = CrossRows.of(rows, n_key) if cross else rows
+    r = Recurrence(
+        Identity(C.n_key), OneHot(value.shape[1], C.n_key, offset), C, initial_state=held,
+        system=SYSTEM, gauge="one state per token",
+    )  # fmt: skip
+    return (Bidirectional.from_rows(r) if ahead else r), value
 
 
-def _with_slots(system: System, keys: Tensor, values: Tensor) -> System:
-    """Slots behind the cache that hold a value from the start and that every query sees.
+def cross_attrs(n_key: int, n_query: int) -> dict[str, Any]:
+    """What a trace says of cross-attention: the block [n_key:, :n_key] of its map is the map."""
+    return {"time": "keys, then queries", "n_key": n_key, "n_query": n_query}
 
-    The cache's own slots keep their numbers, so columns of the map remain tokens; what the extra
-    slots add comes in through the initial state.
+
+def _masked(
+    rows: SoftmaxRows, mask: Tensor | None, *, causal: bool, cross: bool, slots: bool
+) -> tuple[SoftmaxRows, bool]:
+    """The rows behind a mask, and whether a token is read before its value is written.
+
+    Without further slots a mask is said by `causal`, `window` and `key_mask` where they can.
     """
-    r = core(system)
-    rows = r.C
-    assert isinstance(rows, SoftmaxRows)
-    length, slots, batch = rows.n_key, keys.shape[1], rows.key.shape[0]
+    n_query, n_key, offset = rows.query.shape[1], rows.n_key, rows.query_start
+    if mask is not None:
+        mask = mask[..., :n_key].expand(*mask.shape[:2], n_query, n_key)
+    visible, added = _split(mask, causal)
+    if visible is None and causal:
+        visible = torch.ones(1, 1, n_query, n_key, dtype=torch.bool, device=rows.key.device).tril()
+    if visible is None:
+        ahead = not cross and n_key - 1 > offset
+        return dataclasses.replace(rows, causal=not ahead and not cross), ahead
+    ahead = not cross and bool(visible.triu(1 + offset).any())
+    options: dict = {"causal": not ahead and not cross}
+    plain = added is None and rows.bias is None and not slots
+    pattern = _pattern(visible, offset, ahead=ahead, cross=cross) if plain else None
+    if pattern is not None:
+        if "key_mask" in pattern:
+            pattern["key_mask"] = pattern["key_mask"].expand(rows.query.shape[0], n_key)
+        return dataclasses.replace(rows, **options, **pattern), ahead
+    parts = [x for x in (added, rows.bias) if x is not None]
+    total = sum(parts) if parts else rows.query.new_zeros(())
+    bias = torch.where(visible, total, -math.inf).to(rows.query.dtype)
+    return dataclasses.replace(rows, **options, bias=bias), ahead
+
+
+def _with_slots(
+    rows: SoftmaxRows, held: Tensor | None, keys: Tensor, values: Tensor
+) -> tuple[SoftmaxRows, Tensor]:
+    """Slots behind the tokens' that every query sees, and the state that holds their values."""
+    n_token, slots, batch = rows.n_key, keys.shape[1], rows.key.shape[0]
     bias = rows.bias
     if bias is not None:
-        bias = bias.expand(*bias.shape[:-1], length)
-        bias = torch.nn.functional.pad(bias, (0, slots))
-    rows = dataclasses.replace(
-        rows, key=torch.cat([rows.key, keys.expand(batch, -1, -1, -1)], 1), bias=bias,
-        causal=False,
-    )  # fmt: skip
-    held = values.expand(batch, -1, -1, -1).transpose(1, 2)
-    r = r.replace(
-        A=Identity(length + slots), B=OneHot(length, length + slots), C=rows,
-        initial_state=torch.nn.functional.pad(held, (0, 0, length, 0)),
-    )  # fmt: skip
-    if not isinstance(system, Bidirectional):
-        return r
-    return Bidirectional(r, Anticausal(r.replace(initial_state=None), strict=True))
-
-
-def _expanded(mask: Tensor | None, length: int) -> Tensor | None:
-    return None if mask is None else mask.expand(*mask.shape[:2], length, length)
+        bias = pad(bias.expand(*bias.shape[:-1], n_token), (0, slots))
+    keys = torch.cat([rows.key, keys.expand(batch, -1, -1, -1)], 1)
+    rows = dataclasses.replace(rows, key=keys, bias=bias, causal=False)
+    start = pad(values.expand(batch, -1, -1, -1).transpose(1, 2), (0, 0, n_token, 0))
+    return rows, start if held is None else start + pad(held, (0, 0, 0, slots))
 
 
 def _split(mask: Tensor | None, causal: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -121,27 +144,20 @@ def _split(mask: Tensor | None, causal: bool) -> tuple[Tensor | None, Tensor | N
     return visible | even, None if plain else mask
 
 
-def _pattern(visible: Tensor, ahead: bool) -> dict | None:
+def _pattern(visible: Tensor, offset: int, *, ahead: bool, cross: bool) -> dict | None:
     """`window` and `key_mask` that say the same as a boolean mask, if any do."""
     if visible.shape[1] != 1:
         return None
     seen = visible[:, 0]
-    length = seen.shape[-1]
-    position = torch.arange(length, device=seen.device)
-    lag = position[:, None] - position
-    allowed = torch.ones_like(lag, dtype=torch.bool) if ahead else lag >= 0
+    n_query, n_key = seen.shape[-2:]
+    position = torch.arange(n_query, device=seen.device)[:, None] + offset
+    lag = position - torch.arange(n_key, device=seen.device)
+    allowed = torch.ones_like(lag, dtype=torch.bool) if ahead or cross else lag >= 0
     furthest = int(lag.abs()[seen.any(0)].max()) if bool(seen.any()) else 0
-    window = furthest + 1 if furthest + 1 < length else None
+    window = None if cross or furthest >= int(lag.abs()[allowed].max()) else furthest + 1
     if window is not None:
         allowed = allowed & (lag.abs() < window)
-    keys = seen.any(-2)
+    keys = seen.any(-2) | ~allowed.any(-2)
     if not torch.equal(seen, allowed & keys[:, None]):
         return None
     return {"window": window} if bool(keys.all()) else {"window": window, "key_mask": keys}
-
-
-def _hidden(visible: Tensor, added: Tensor | None, query: Tensor) -> Tensor:
-    """One additive bias: -inf where nothing is seen, the given numbers elsewhere."""
-    if added is None:
-        added = torch.zeros((), dtype=query.dtype, device=query.device)
-    return torch.where(visible, added, -math.inf).to(query.dtype)

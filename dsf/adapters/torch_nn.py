@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dsf.adapters._contract import Adapter, Built, Visit, first_tensor
-from dsf.adapters._softmax import SYSTEM, attention_system
+from dsf.adapters._softmax import SYSTEM, attention_system, cross_attrs
 from dsf.errors import DsfUnsupportedError
 
 _ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask",
@@ -18,13 +18,15 @@ _ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn
 
 
 class MultiheadAttention(Adapter):
-    """Self-attention with every option; cross-attention where queries and keys are as many.
+    """Self-attention and cross-attention with every option.
 
-    bias_k and bias_v become a slot behind the cache that holds its value from the start,
-    add_zero_attn a sink of logit zero.
+    Keys and queries of different number are two sequences, keys first; as many of them share one
+    axis of time. bias_k and bias_v become a slot behind the cache that holds its value from the
+    start, add_zero_attn a sink of logit zero.
     """
 
     name = "torch_nn.multihead_attention"
+    systems = ("softmax_attention",)
     covers = ("torch.nn.MultiheadAttention (inside TransformerEncoderLayer and others as well)",)
     classes = frozenset({"torch.nn.modules.activation:MultiheadAttention"})
     needs_tap = False
@@ -51,15 +53,19 @@ class MultiheadAttention(Adapter):
             extra = (layer.bias_k.unflatten(-1, (layer.num_heads, -1)),
                      layer.bias_v.unflatten(-1, (layer.num_heads, -1)))  # fmt: skip
         sink = q.new_zeros(layer.num_heads) if layer.add_zero_attn and not hint else None
-        system, values = attention_system(q, k, v, mask=mask, causal=hint, sink=sink, extra=extra)
+        n_query, n_key = q.shape[1], k.shape[1]
+        cross = n_query != n_key
+        system, values = attention_system(
+            q, k, v, mask=mask, causal=hint, sink=sink, extra=extra, cross=cross)  # fmt: skip
 
         def readout(y: Tensor) -> Tensor:
-            out = layer.out_proj(y.flatten(-2))
+            out = layer.out_proj(y[:, y.shape[1] - n_query :].flatten(-2))
             if not batched:
                 return out.squeeze(0)
             return out if layer.batch_first else out.transpose(0, 1)
 
-        return [Built(SYSTEM, system, values, readout, output)]
+        attrs = cross_attrs(n_key, n_query) if cross else {}
+        return [Built(SYSTEM, system, values, readout, output, attrs=attrs)]
 
 
 def _named(visit: Visit) -> dict[str, Any]:

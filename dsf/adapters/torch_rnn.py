@@ -1,4 +1,4 @@
-"""torch.nn: LSTM, GRU and RNN, whose gates one library call hides: recomputed from weights."""
+"""torch.nn: LSTM, GRU, RNN and their cells: gates hidden in one call, made again from weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from dsf.adapters._contract import Adapter, Built, Visit
+from dsf.adapters._contract import Adapter, Built, Visit, first_tensor
 from dsf.errors import DsfTypeError
 from dsf.models import gru, lstm, rnn
 from dsf.models._stacked import LayerRun
@@ -25,6 +25,8 @@ class RecurrentLayers(Adapter):
     """
 
     name = "torch_rnn"
+    systems = ("lstm", "gru", "rnn")
+    scope = "along trajectory"
     covers = ("torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN (each layer and direction)",)
     classes = frozenset(f"torch.nn.modules.rnn:{c}" for c in ("LSTM", "GRU", "RNN"))
     needs_tap = False
@@ -113,4 +115,54 @@ def _single(module: nn.RNNBase, layer: int, width: int) -> nn.RNNBase:
     return single.train(module.training)
 
 
-ADAPTERS = [RecurrentLayers]
+class RecurrentCells(Adapter):
+    """One call of a cell: a system of one step from the state that it was given.
+
+    A cell in a loop gives a trace for each call, numbered by visit. Outputs are h', (batch, unit)
+    or (unit,), also of an LSTMCell, whose c' is the scan's last state.
+    """
+
+    name = "torch_rnn.cells"
+    systems = ("lstm", "gru", "rnn")
+    scope = "along trajectory"
+    covers = ("torch.nn.LSTMCell, torch.nn.GRUCell, torch.nn.RNNCell (each call)",)
+    classes = frozenset(f"torch.nn.modules.rnn:{c}" for c in ("LSTMCell", "GRUCell", "RNNCell"))
+    needs_tap = False
+
+    def build(self, visit: Visit) -> list[Built]:
+        """The cell as a layer on a sequence of one."""
+        cell = visit.module
+        assert isinstance(cell, nn.RNNCellBase)
+        given = {**dict(zip(("input", "hx"), visit.args, strict=False)), **visit.kwargs}
+        x, initial = given["input"], given.get("hx")
+        batched = x.ndim == 2
+        states: tuple = initial if isinstance(initial, tuple) else (initial,)
+
+        def stacked(state: Tensor) -> Tensor:  # (layer, batch, unit)
+            return state[None] if batched else state[None, None]
+
+        start = None if initial is None else tuple(stacked(s) for s in states)
+        layer = _as_layer(cell)
+        start = start if start is None or isinstance(layer, nn.LSTM) else start[0]
+        (run,), _ = _runs(layer, x[:, None] if batched else x[None, None], start)
+        return [Built(
+            layer.mode.split("_")[0].lower(), run.system, run.values,
+            lambda y: run.readout(y)[:, 0] if batched else run.readout(y)[0, 0],
+            first_tensor(visit.output), attrs={"mode": "exact_along_trajectory"},
+        )]  # fmt: skip
+
+
+def _as_layer(cell: nn.RNNCellBase) -> nn.RNNBase:
+    """A layer of one direction on the cell's parameters."""
+    kinds = {"LSTMCell": nn.LSTM, "GRUCell": nn.GRU, "RNNCell": nn.RNN}
+    kind = next(kinds[c.__name__] for c in type(cell).__mro__ if c.__name__ in kinds)
+    options = {"nonlinearity": cell.nonlinearity} if isinstance(cell, nn.RNNCell) else {}
+    with torch.device("meta"):
+        layer = kind(cell.input_size, cell.hidden_size, bias=cell.bias, batch_first=True,
+                     **options)  # fmt: skip
+    for name, _ in list(layer.named_parameters()):
+        setattr(layer, name, getattr(cell, name.removesuffix("_l0")))
+    return layer.eval()
+
+
+ADAPTERS = [RecurrentLayers, RecurrentCells]

@@ -1,0 +1,159 @@
+"""transformers: softmax layers that compute by themselves, outside the attention interface."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from dsf.adapters._contract import Adapter, Built, TappedCall, Visit, first_tensor
+from dsf.adapters._session import replaced
+from dsf.adapters._softmax import SYSTEM, attention_system
+from dsf.adapters._tapped import transformers_classes
+from dsf.errors import DsfUnsupportedError
+from dsf.factors import ExplicitRows, OneHot
+from dsf.recurrence import Recurrence
+from dsf.transitions import Identity
+from dsf.wrappers import Bidirectional, System
+
+_SOFTMAX = {torch.softmax, torch.Tensor.softmax, functional.softmax}
+_PRODUCT = {torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm,
+            torch.Tensor.__matmul__}  # fmt: skip
+_FUSED = functional.scaled_dot_product_attention
+
+
+class OwnAttention(Adapter):
+    """The product of a softmax with the values, or the fused call, watched as the layer makes it.
+
+    A map that the layer computes by itself (disentangled, with alibi, local) is kept as it is:
+    length x length numbers, which the layer held as well.
+    """
+
+    name = "transformers_own_attention"
+    systems = ("softmax_attention",)
+    tapped = "the product of softmax and values"
+    covers = (
+        "transformers: attention outside the registry: BLOOM, CodeGen, DeBERTa (both), Falcon, "
+        "GPT-J, GPT-Neo, MPNet, MPT, OpenAI GPT, RemBERT, RoFormer, XGLM, Megatron-BERT",
+    )
+    classes = transformers_classes({
+        "bloom": "BloomAttention", "codegen": "CodeGenAttention",
+        "deberta": "DisentangledSelfAttention", "deberta_v2": "DisentangledSelfAttention",
+        "falcon": "FalconAttention", "gptj": "GPTJAttention", "gpt_neo": "GPTNeoSelfAttention",
+        "megatron_bert": "MegatronBertSelfAttention", "mpnet": "MPNetSelfAttention",
+        "mpt": "MptAttention", "openai": "Attention", "rembert": "RemBertSelfAttention",
+        "roformer": "RoFormerSelfAttention", "xglm": "XGLMAttention",
+    })  # fmt: skip
+
+    @contextlib.contextmanager
+    def tap(self, modules: list[nn.Module], record: Callable) -> Iterator[None]:
+        """Watch the functions that each layer calls while it runs."""
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+
+                def found(call: TappedCall, module: nn.Module = module) -> Tensor:
+                    record(module, call)
+                    return call.result
+
+                stack.enter_context(_watched(module, found))
+            yield
+
+    def build(self, visit: Visit) -> list[Built]:
+        """From the watched product; the readout runs the layer again with y in its place."""
+        if len(visit.taps) != 1:
+            raise DsfUnsupportedError(
+                f"dsf.trace: {visit.path}: expected one product of a softmax with the values, got "
+                f"{len(visit.taps)}. Write an adapter for this layer."
+            )
+        (call,) = visit.taps
+        system, values = (_fused if call.function == "fused" else _explicit)(call, visit)
+
+        def placed(y: Tensor) -> Tensor:
+            return y.transpose(1, 2).reshape(call.result.shape)
+
+        def readout(y: Tensor) -> Tensor:
+            with _watched(visit.module, lambda _: placed(y)):
+                return first_tensor(visit.module.forward(*visit.args, **visit.kwargs))
+
+        return [Built(
+            SYSTEM, system, values, readout, first_tensor(visit.output), tapped=call.result,
+            to_tapped=placed,
+        )]  # fmt: skip
+
+
+def _explicit(call: TappedCall, visit: Visit) -> tuple[System, Tensor]:
+    """The map that the layer made, (batch, head, query, key), and the values."""
+    weights, values, shape = *call.args, call.kwargs["shape"]
+    if len(shape) == 3:
+        batch = first_tensor(visit.output).shape[0]
+        shape = (batch, shape[0] // batch, *shape[1:])
+    weights, length = weights.reshape(shape), shape[-1]
+    if values.ndim == 3:
+        values = values.reshape(*shape[:2], length, -1)
+    values = values.expand(*shape[:2], -1, -1).transpose(1, 2)  # Falcon shares one head
+    causal = not bool(weights.triu(1).any())
+    r = Recurrence(
+        Identity(length), OneHot(length, length), ExplicitRows(weights, causal=causal),
+        system=SYSTEM, gauge="one state per token",
+    )  # fmt: skip
+    return (r if causal else Bidirectional.from_rows(r)), values
+
+
+def _fused(call: TappedCall, visit: Visit) -> tuple[System, Tensor]:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    query, key, value = (given[n].transpose(1, 2) for n in names[:3])
+    return attention_system(
+        query, key, value, mask=given.get("attn_mask"), scale=given.get("scale"),
+        causal=bool(given.get("is_causal", False)),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _watched(module: nn.Module, found: Callable[[TappedCall], Tensor]) -> Iterator[None]:
+    """The layer's forward under a watch: `found(call)` gives what the product returns."""
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _Watch(found):
+            return original(*args, **kwargs)
+
+    with replaced(module.__dict__, "forward", forward):
+        yield
+
+
+class _Watch(TorchFunctionMode):
+    """Follows a softmax through casts, masks, dropout and views to its product with the values."""
+
+    def __init__(self, found: Callable[[TappedCall], Tensor]) -> None:
+        super().__init__()
+        self.found = found
+        self.maps: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
+        """By the id of a tensor: the tensor (kept, so that its id stays its own), its shape."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is _FUSED:
+            return self.found(TappedCall("fused", args, kwargs, result, "sdpa"))
+        known = self.maps.get(id(args[0])) if args else None
+        if known is not None and func in _PRODUCT:
+            call = TappedCall("product", tuple(args[:2]), {"shape": known[1]}, result, "eager")
+            return self.found(call)
+        if not isinstance(result, Tensor):
+            return result
+        if func in _SOFTMAX:
+            self.maps[id(result)] = result, tuple(result.shape)
+        elif known is not None and result.numel() == known[0].numel():
+            self.maps[id(result)] = result, known[1]
+        return result
+
+
+ADAPTERS = [OwnAttention]
