@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from dsf.derivatives import Derivative
-from dsf.errors import DsfUnsupportedError
-from dsf.maps import Rows, materialise
-from dsf.maps import _range as span
+from dsf.errors import DsfUnsupportedError, DsfValueError
+from dsf.maps import Rows, materialise, spans
 from dsf.memory import require_memory
 from dsf.wrappers import core
 
@@ -77,6 +76,12 @@ def between(
     return total
 
 
+def require_probes(function: str, probes: int) -> None:
+    """Refuse fewer than one random direction."""
+    if probes < 1:
+        raise DsfValueError(f"{function}: probes: expected at least 1 or None, got {probes}.")
+
+
 def _written(block: Block, x: Tensor) -> Tensor:
     """(tap, batch, time, head, channel): what x_j, alone, adds to the values at j + tap."""
     n = block.taps
@@ -111,6 +116,7 @@ def sketched_norm(
     block: Block, queries: Rows, keys: Rows, heads: bool, probes: int, cap: int | None
 ) -> Tensor:
     """Root of the mean square of o . M i over random signs: E (o . M i)^2 = ||M||_F^2."""
+    require_probes("dsf.Block.norm", probes)
     generator = torch.Generator().manual_seed(0)
     total: Tensor | None = None
     for _ in range(probes):
@@ -247,5 +253,4 @@ def trace(block: Block, queries: Rows, keys: Rows, cap: int | None) -> Tensor:
 
 
 def _spans(block: Block, queries: Rows, keys: Rows) -> tuple[range, range]:
-    length = block.input.shape[1]
-    return span("queries", queries, length), span("keys", keys, length)
+    return spans("dsf.Block", queries, keys, block.input.shape[1])

@@ -61,8 +61,9 @@ def single(trace: LayerTrace) -> Source:
     if trace.name.split("#")[0] != source.visit.path:
         raise DsfUnsupportedError(
             f"dsf.trace(...).block: {trace.name}: expected a module that is one layer, got a "
-            f"part of {source.visit.path!r}, whose layers feed each other. Trace modules of one "
-            f"layer and one direction."
+            f"part of {type(source.visit.module).__name__} at {source.visit.path!r}. Recurrent "
+            f"modules of torch.nn have no block: LSTM and GRU make values of their own output. "
+            f"Their recurrence and its map are in the trace."
         )
     return source
 

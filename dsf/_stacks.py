@@ -183,10 +183,10 @@ class _State:
 
 def _stack(traces: Sequence[LayerTrace]) -> tuple[nn.Module, list[nn.Module], bool]:
     """The model, the layers that the residual stream goes through, whether in float64."""
-    if not traces or any(t.source is None for t in traces):
+    if not traces or any(getattr(t, "source", None) is None for t in traces):
         raise DsfValueError(
             "dsf.rollout: traces: expected what dsf.trace returns for a model, got "
-            f"{'none' if not traces else 'a trace without its pass'}."
+            f"{'none' if not traces else 'something else, or a trace without its pass'}."
         )
     sources = [t.source for t in traces if t.source is not None]
     model, call = sources[0].model, sources[0].call

@@ -26,7 +26,7 @@ from dsf._frozen_layers import (
 from dsf.axes import to_xarray
 from dsf.derivatives import Derivative, parameters_constant
 from dsf.errors import DsfFidelityError, DsfShapeError
-from dsf.maps import Rows, system_attrs
+from dsf.maps import Rows, spans, system_attrs
 from dsf.scanning import scan
 from dsf.shapes import Inexact
 from dsf.tracing import TOLERANCE, LayerTrace, relative_error
@@ -185,7 +185,7 @@ class Block:
         self, found: Tensor, queries: Rows, keys: Rows, tokens: Sequence[str] | None, how: str
     ) -> xr.DataArray:
         length = self.input.shape[1]
-        rows, cols = factors.span("queries", queries, length), factors.span("keys", keys, length)
+        rows, cols = spans("dsf.Block", queries, keys, length)
         coords: dict[str, Any] = {"query": ("query", list(rows)), "key": ("key", list(cols))}
         if tokens is not None:
             if len(tokens) != length:

@@ -10,7 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from dsf.axes import to_xarray
-from dsf.errors import DsfShapeError, DsfValueError
+from dsf.errors import DsfShapeError, DsfTypeError, DsfValueError
 from dsf.memory import require_memory
 from dsf.mixing_rows import MixingRows, Part
 from dsf.recurrence import Recurrence
@@ -49,7 +49,7 @@ def materialise(
     """
     check_system("dsf.materialise", system, allow_nonfinite=allow_nonfinite)
     total = _length(system, length)
-    rows, cols = _range("queries", queries, total), _range("keys", keys, total)
+    rows, cols = spans("dsf.materialise", queries, keys, total)
     axes, shape, dtype = _result_shape(system, rows, cols)
     require_memory(
         "dsf.materialise", "map", axes, shape, dtype, device=core(system).device,
@@ -86,7 +86,7 @@ def attention_map(
         )
     values = materialise(
         system, queries, keys, length=length, backend=backend, max_memory=max_memory)  # fmt: skip
-    rows, cols = _range("queries", queries, total), _range("keys", keys, total)
+    rows, cols = spans("dsf.materialise", queries, keys, total)
     axes, _, _ = _result_shape(system, rows, cols)
     coords: dict[str, Any] = {"query": ("query", list(rows)), "key": ("key", list(cols))}
     if tokens is not None:
@@ -207,13 +207,28 @@ def _length(system: System, length: int | None) -> int:
     return length
 
 
-def _range(name: str, asked: Rows, total: int) -> range:
+def spans(function: str, queries: Rows, keys: Rows, total: int) -> tuple[range, range]:
+    """The positions of a tile's rows and columns; see `span`."""
+    return span(function, "queries", queries, total), span(function, "keys", keys, total)
+
+
+def span(function: str, name: str, asked: Any, total: int) -> range:
+    """The positions 0..total-1 that `asked` means, all for None.
+
+    Raises DsfTypeError on what is no slice or range, DsfValueError on gaps and on positions that
+    do not exist; `function` and `name` are for the message.
+    """
     if asked is None:
         return range(total)
+    if not isinstance(asked, slice | range):
+        raise DsfTypeError(
+            f"{function}: {name}: expected a slice or a range of positions, got {asked!r}. For "
+            f"one position t give range(t, t + 1)."
+        )
     found = range(*asked.indices(total)) if isinstance(asked, slice) else asked
     if found.step != 1 or (len(found) and (found.start < 0 or found.stop > total)):
         raise DsfValueError(
-            f"dsf.materialise: {name}: expected a contiguous range within 0..{total}, got {asked}."
+            f"{function}: {name}: expected a contiguous range within 0..{total}, got {asked}."
         )
     return range(found.start, max(found.stop, found.start))
 

@@ -160,8 +160,16 @@ def plot_lines(
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], style: Style = STYLE) -> Path:
-    """Write the figure under a temporary name, then rename; text in PDF and SVG stays text."""
-    target = Path(path)
+    """Write the figure under a temporary name, then rename; text in PDF and SVG stays text.
+
+    Raises DsfValueError on a name whose ending is no format of matplotlib.
+    """
+    target, known = Path(path), sorted(figure.canvas.get_supported_filetypes())
+    if target.suffix.removeprefix(".").lower() not in known:
+        raise DsfValueError(
+            f"dsf.plot.save_figure: path: expected an ending out of {', '.join(known)}, got "
+            f"{target.name!r}."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:

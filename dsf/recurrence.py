@@ -102,6 +102,14 @@ class Recurrence:
         tensors = _tensors(self)
         return tensors[0].device if tensors else torch.device("cpu")
 
+    def __repr__(self) -> str:
+        """One line of names and shapes, no numbers."""
+        named = (("B", self.B), ("C", self.C), ("D", self.D))
+        shapes = [f"{name} {tuple(x.shape)}" for name, x in named if x is not None]
+        structure = getattr(self.A, "structure", type(self.A).__name__)
+        parts = [f"A {structure}", *shapes, self.mode]
+        return f"Recurrence({self.system or 'unnamed'}: {', '.join(parts)})"
+
     # -- small changes -------------------------------------------------------------------------
 
     def replace(self, **changes: Any) -> Recurrence:

@@ -132,6 +132,7 @@ def checked_bytes(path: Path, cap: int | None) -> bytes:
 
 
 def exists_error(path: Path) -> DsfValueError:
+    """What to raise where a file is in the way."""
     return DsfValueError(
         f"dsf.results.save: path: expected a new file, got {path.name}, which exists. Pass "
         f"overwrite=True to replace it."
@@ -139,6 +140,7 @@ def exists_error(path: Path) -> DsfValueError:
 
 
 def mismatch_error(path: Path, expected: str, found: str) -> DsfIntegrityError:
+    """What to raise where the content has another hash than the seal says."""
     return DsfIntegrityError(
         f"dsf.results.load: {path.name}: expected hash {expected[:32]}, got {found}. The file is "
         f"damaged and was not used; rerun what made it."

@@ -10,12 +10,12 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from dsf._block_factors import require_probes
 from dsf._stacks import replay
 from dsf.axes import to_xarray
 from dsf.derivatives import Derivative
 from dsf.errors import DsfFidelityError, DsfShapeError, DsfValueError
-from dsf.maps import Rows, system_attrs
-from dsf.maps import _range as span
+from dsf.maps import Rows, span, system_attrs
 from dsf.memory import require_memory
 from dsf.shapes import Inexact
 from dsf.tracing import TOLERANCE, LayerTrace
@@ -78,7 +78,11 @@ class Rollout:
         without, all of M_tj (batch, output, key, input), one for each output feature.
         """
         batch, length, n_out = self.output.shape
-        token = range(length)[token]
+        if not -length <= token < length:
+            raise DsfValueError(
+                f"dsf.Rollout.row: token: expected a position within 0..{length - 1}, got {token}."
+            )
+        token %= length
         eye = torch.eye(n_out, dtype=self.output.dtype, device=self.output.device)
         given = eye if direction is None else self._direction("direction", direction)[None]
         if direction is None:
@@ -122,6 +126,8 @@ class Rollout:
         at most sqrt(2 / probes).
         """
         n_out = self.output.shape[-1]
+        if probes is not None:
+            require_probes("dsf.Rollout.norm", probes)
         generator = torch.Generator().manual_seed(0)
 
         def signs(count: int) -> Tensor:
@@ -188,7 +194,7 @@ class Rollout:
         self, queries: Rows, tokens: Sequence[str] | None, how: str,
         directions: Callable[[int], Tensor], count: int, reduce: Callable[[Tensor, range], Tensor],
     ) -> xr.DataArray:  # fmt: skip
-        wanted = span("queries", queries, self.output.shape[1])
+        wanted = span("dsf.Rollout", "queries", queries, self.output.shape[1])
         found = self.input.new_zeros(self.input.shape[0], len(wanted), self.input.shape[1])
         for number, token in enumerate(wanted):
             for which, rows in self._rows(token, directions, count):

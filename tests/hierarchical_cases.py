@@ -4,8 +4,8 @@ import torch
 from model_laws import assert_near, normal
 
 import dsf
-from dsf.models._trees import tree_from_branching, tree_from_nested
 from dsf.models.hierarchical_attention import hierarchical_attention_recurrence
+from dsf.trees import tree_from_branching, tree_from_nested
 
 FLAT = 1e-14
 ROWS = 1e-13

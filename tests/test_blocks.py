@@ -18,6 +18,7 @@ from dsf.errors import (
     DsfMemoryError,
     DsfShapeError,
     DsfUnsupportedError,
+    DsfValueError,
 )
 from dsf.freezing import Frozen
 from dsf.wrappers import core
@@ -234,6 +235,10 @@ def test_axes_that_do_not_fit_are_refused():
         found.map(drawn((3,)), drawn((24,)))
     with pytest.raises(DsfShapeError, match="expected 9 texts"):
         found.norm(tokens=["a"])
+    with pytest.raises(DsfValueError, match=r"Block: keys: expected a contiguous range within"):
+        found.trace(keys=range(5, 20))
+    with pytest.raises(DsfValueError, match=r"Block.norm: probes: expected at least 1 or None"):
+        found.norm(probes=0)
 
 
 # -- freezing ----------------------------------------------------------------------------------

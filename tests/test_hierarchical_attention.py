@@ -24,13 +24,13 @@ from model_laws import normal
 
 import dsf
 from dsf.models._hierarchical_core import tree_passes
-from dsf.models._trees import (
-    tree_from_branching,
-    tree_from_nested,
-)
 from dsf.models.hierarchical_attention import (
     hierarchical_attention_recurrence,
     hierarchical_divergence,
+)
+from dsf.trees import (
+    tree_from_branching,
+    tree_from_nested,
 )
 
 # -- the projection ----------------------------------------------------------------------------

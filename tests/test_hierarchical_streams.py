@@ -20,19 +20,19 @@ from model_laws import check_all, fresh_input, normal, shaken
 
 import dsf
 from dsf.errors import DsfShapeError, DsfUnsupportedError, DsfValueError
-from dsf.models._trees import (
-    Tree,
-    quadtree,
-    tree_from_branching,
-    tree_from_nested,
-    tree_from_parents,
-)
 from dsf.models.hierarchical_attention import (
     HierarchicalAttention,
     hierarchical_attention_recurrence,
     hierarchical_divergence,
 )
 from dsf.realisation import realise
+from dsf.trees import (
+    Tree,
+    quadtree,
+    tree_from_branching,
+    tree_from_nested,
+    tree_from_parents,
+)
 from dsf.wrappers import core
 
 # -- masks, permutations, shifts ---------------------------------------------------------------

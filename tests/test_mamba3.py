@@ -165,8 +165,14 @@ def test_options_keep_the_contract(options):
 
 def test_sizes_are_checked():
     *parts, B, C, D, _ = inputs()
-    with pytest.raises(DsfShapeError, match="like B, got"):
+    with pytest.raises(DsfShapeError, match=r"C: expected shape \(2, 13, 2, 2, 6\), got .* by B"):
         mamba3_recurrence(*parts, B, C[:, :, :, :, :4], D)
+    with pytest.raises(DsfShapeError, match=r"angle: expected at most half .* got 4 for 6"):
+        turned(B, normal(2, 13, 2, 4))
+    with pytest.raises(DsfValueError, match="rank: expected at least 1, got 0"):
+        Mamba3(8, head_width=4, n_state=4, rank=0)
+    with pytest.raises(DsfValueError, match="Mamba3: pairing: expected one of"):
+        Mamba3(8, head_width=4, n_state=4, pairing="other")
     for bad in ({"n_state": 5}, {"rotated": 2.0}, {"rotated": 0.1}):
         with pytest.raises(DsfValueError, match="n_state, rotated: expected an even number"):
             Mamba3(8, **{"head_width": 4, "n_state": 4, **bad})

@@ -8,7 +8,8 @@ import torch
 from structures import STRUCTURES, Draw, recurrence, values_for
 
 import dsf
-from dsf.errors import DsfMemoryError, DsfShapeError, DsfValueError
+from dsf.errors import DsfMemoryError, DsfShapeError, DsfTypeError, DsfValueError
+from dsf.maps import span
 from dsf.memory import available_bytes
 from dsf.transitions import Identity
 
@@ -196,3 +197,7 @@ def test_only_contiguous_ranges_within_the_length():
             dsf.materialise(r, bad)
         with pytest.raises(DsfValueError, match="keys: expected a contiguous range"):
             dsf.materialise(r, None, bad)
+    for asked in ([1, 2], 3):
+        with pytest.raises(DsfTypeError, match="f: keys: expected a slice or a range"):
+            span("f", "keys", asked, 9)
+    assert span("f", "keys", None, 3) == range(3)

@@ -5,7 +5,7 @@ import torch
 from model_laws import assert_near, check_all, fresh_input, normal, shaken
 
 import dsf
-from dsf.errors import DsfShapeError
+from dsf.errors import DsfShapeError, DsfValueError
 from dsf.models.forgetting_attention import forgetting_attention_recurrence
 from dsf.models.path_attention import CHUNK, PathAttention, path_attention_recurrence
 from dsf.models.softmax_attention import softmax_attention_recurrence
@@ -113,6 +113,9 @@ def test_options_keep_the_contract(options):
 
 
 def test_sizes_are_checked():
+    for bad in ({"conv_size": -1}, {"rank": 0}):
+        with pytest.raises(DsfValueError, match=f"{next(iter(bad))}: expected at least"):
+            PathAttention(8, 4, **bad)
     q, k, w, beta, log_f, _ = inputs(4)
     with pytest.raises(DsfShapeError, match="divides head=4, got 3"):
         path_attention_recurrence(q, *(x.repeat(1, 1, 2, 1)[:, :, :3] for x in (k, w)),

@@ -217,8 +217,9 @@ def test_figures_are_written_whole(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == [
         "map.pdf", "map.png", "map.svg",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="supported"):
-        plot.save_figure(ax.figure, tmp_path / "map.nothing")
+    for name in ("map.nothing", "map"):
+        with pytest.raises(DsfValueError, match=f"expected an ending out of .*svg.*got '{name}'"):
+            plot.save_figure(ax.figure, tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["deep"]
 
 

@@ -33,6 +33,16 @@ def test_sizes_are_read_from_the_coefficients(name):
     assert r.validate() is r
 
 
+def test_it_is_shown_in_one_line_without_numbers():
+    assert repr(softmax_system()) == (
+        "Recurrence(softmax: A identity, B (1, 6, 1, 6, 1), C (2, 6, 4, 1, 6), exact)"
+    )
+    r = recurrence("diagonal", n_input=2, n_output=5, initial=3)
+    assert repr(r.replace(system="")).startswith(
+        "Recurrence(unnamed: A diagonal, B (2, 7, 3, 4, 2)"
+    )
+
+
 @names
 def test_pytree_round_trip(name):
     for r in (recurrence(name, initial=2), recurrence(name, direct=False)):

@@ -17,6 +17,7 @@ from dsf import memory
 from dsf.errors import (
     DsfFidelityError,
     DsfShapeError,
+    DsfTypeError,
     DsfUnsupportedError,
     DsfValueError,
 )
@@ -270,7 +271,7 @@ def test_weights_changed_since_the_trace_are_found():
         assert "forward" not in module.__dict__
 
 
-def test_incomplete_or_mixed_traces_are_refused():
+def test_incomplete_or_mixed_traces_are_refused(unchecked):
     model = tiny_models.model("llama")
     traces = dsf.trace(model, tiny_models.inputs())
     first, second = traces.values()
@@ -281,6 +282,8 @@ def test_incomplete_or_mixed_traces_are_refused():
         dsf.rollout([first, other])
     with pytest.raises(DsfValueError, match=r"traces: expected what dsf\.trace returns"):
         dsf.rollout({})
+    with pytest.raises(DsfValueError, match=r"got something else"):
+        dsf.rollout([1])
     with pytest.raises(DsfValueError, match="mlp 'omitted' or 'jacobian'"):
         dsf.rollout([first, second], mlp="none")
 
@@ -309,9 +312,17 @@ def test_maps_that_would_not_fit_are_refused_with_their_size(monkeypatch):
         dsf.rollout(traces)
 
 
-def test_axes_that_do_not_fit_are_refused():
+def test_axes_that_do_not_fit_are_refused(unchecked):
     found = dsf.rollout(case("mamba")[0])
     with pytest.raises(DsfShapeError, match=r"apply: x: expected axes"):
         found.apply(torch.zeros(1, 1, 16))
     with pytest.raises(DsfShapeError, match=r"direction: expected \(16,\)"):
         found.row(0, torch.zeros(3))
+    with pytest.raises(
+        DsfValueError, match=r"row: token: expected a position within 0\.\.\d+, got 99"
+    ):
+        found.row(99)
+    with pytest.raises(DsfValueError, match=r"Rollout.norm: probes: expected at least 1 or None"):
+        found.norm(probes=0)
+    with pytest.raises(DsfTypeError, match=r"Rollout: queries: expected a slice or a range"):
+        found.norm(queries=[0, 1])

@@ -5,7 +5,7 @@ import torch
 from model_laws import assert_near, check_all, fresh_input, normal, shaken
 
 import dsf
-from dsf.errors import DsfShapeError
+from dsf.errors import DsfShapeError, DsfValueError
 from dsf.models.short_convolution import ShortConvolution, gated_short_convolution_recurrence
 from dsf.short_convolution import (
     short_convolution,
@@ -131,3 +131,5 @@ def test_gates_are_in_the_map():
     assert_near("map", dsf.materialise(r), expected, EXACT)
     with pytest.raises(DsfShapeError, match="input_gate: expected axes"):
         gated_short_convolution_recurrence(weight, input_gate=b[..., :2])
+    with pytest.raises(DsfValueError, match="kernel: expected at least 1, got 0"):
+        ShortConvolution(6, kernel=0)

@@ -1,12 +1,14 @@
 """TTT-Linear and TTT-MLP against released numbers, autograd's own inner gradients, and limits."""
 
+import math
+
 import pytest
 import torch
 from golden_vectors import assert_golden, golden
 from model_laws import assert_near, check_all, fresh_input, normal, shaken, stepped
 
 import dsf
-from dsf.errors import DsfValueError
+from dsf.errors import DsfShapeError, DsfValueError
 from dsf.models.delta_net import delta_net_recurrence
 from dsf.models.ttt_linear import TttLinear, ttt_linear_recurrence
 from dsf.models.ttt_mlp import TttMlp
@@ -163,6 +165,27 @@ def test_linearisation_is_the_jacobian(kind):
 
 
 @torch.no_grad()
+def test_rates_strengths_and_places_are_the_printed_ones():
+    """Rates fall as 1/i in a mini-batch and stop at zero; rotations start anew in each."""
+    torch.manual_seed(0)
+    layer = shaken(TttLinear(8, 2, mini_batch=3, base_rate=0.7))
+    layer.offset.copy_(torch.tensor([0.5, -0.1, -2.0], dtype=torch.float64))
+    x = fresh_input(8, length=7)
+    x[:, 3:6] = x[:, :3]
+    _, tokens = layer._run(x)
+    rate = torch.tensor([1.5, 0.4, 0.0, 1.5, 0.4, 0.0, 1.5], dtype=torch.float64)
+    assert_near("rate", tokens.rate[..., 0], rate.expand(2, 2, 7), EXACT)
+    strength = 0.7 * torch.sigmoid(x @ layer.strength.weight.T + layer.strength.bias) / 4
+    assert_near("strength", tokens.strength[..., 0], strength.mT, EXACT)
+    plain = (x @ layer.key.weight.T).unflatten(-1, (2, 4)).transpose(1, 2)
+    assert_near("first place", tokens.key[:, :, ::3], plain[:, :, ::3], EXACT)
+    assert_near("same place", tokens.key[:, :, 3:6], tokens.key[:, :, :3], EXACT)
+    even, odd = plain[:, :, 1, 0], plain[:, :, 1, 1]
+    turned = math.cos(1) * even - math.sin(1) * odd
+    assert_near("second place", tokens.key[:, :, 1, 0], turned, EXACT)
+
+
+@torch.no_grad()
 def test_steps_over_long_sequences_and_bad_sizes():
     torch.manual_seed(0)
     layer = shaken(TttLinear(8, 2))
@@ -170,3 +193,10 @@ def test_steps_over_long_sequences_and_bad_sizes():
     assert_near("steps", stepped(layer, x), layer(x), 1e-10)
     with pytest.raises(DsfValueError, match="mini_batch: expected at least 1, got 0"):
         TttLinear(8, 2, mini_batch=0)
+    q, rate = normal(1, 5, 2, 3), normal(1, 5, 2)
+    with pytest.raises(DsfValueError, match="mini_batch: expected at least 1, got 0"):
+        ttt_linear_recurrence(q, q, q, rate, mini_batch=0)
+    with pytest.raises(DsfShapeError, match=r"norm_weight: expected shape \(2, 3\), got \(4, 3\)"):
+        ttt_linear_recurrence(q, q, q, rate, normal(4, 3))
+    with pytest.raises(DsfShapeError, match=r"initial_state: expected shape \(1, 2, 4, 3\)"):
+        ttt_linear_recurrence(q, q, q, rate, initial_state=normal(1, 2, 3, 3))

@@ -245,6 +245,19 @@ def test_coefficients_follow_the_table():
     assert bool((b[:, 0, :, 0] == 1).all())
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_weights_of_a_layer_without_the_cosine_sum_to_zero(causal):
+    torch.manual_seed(0)
+    layer, x = shaken(ZeroS(8, 2, causal=causal)), fresh_input(8)
+    radial = dsf.materialise(layer.radial_recurrence(x))
+    whole = dsf.materialise(layer.recurrence(x)[0])
+    assert float(radial.sum(-1).abs().max()) <= STATE_ATOL
+    q, k = layer.unit_query_key(x, 0)
+    cosine = torch.einsum("bthd,bshd->bhts", q, k)
+    assert torch.allclose(whole, radial * cosine, atol=STATE_ATOL, rtol=0)
+
+
 def test_refusals():
     q, k, s, gates, _ = inputs(length=4)
     with pytest.raises(DsfValueError, match="realisation: expected one of"):

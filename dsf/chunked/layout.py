@@ -44,14 +44,6 @@ def wide(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
-def common_dtype(A: Transition | None, *tensors: Tensor) -> torch.dtype:
-    """The dtype of the computation: float32 at least, complex if anything is."""
-    dtype = torch.float32
-    for x in (*tensors, *(A.tensors() if A is not None else ())):
-        dtype = torch.promote_types(dtype, x.dtype)
-    return complex_dtype(dtype) if A is not None and A.is_complex else dtype
-
-
 def pieces(length: int, chunk: int, piece: int, *, halving: bool) -> list[tuple[int, int]]:
     """The time axis as (length, chunk) pairs: long pieces of whole chunks, then what is left.
 

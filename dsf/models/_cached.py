@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dsf.factors import OneHot
+from dsf.factors import OneHot, SoftmaxRows
 from dsf.mixing_rows import MixingRows
 from dsf.models._heads import check_divides, merge_heads, share_groups, split_heads
 from dsf.models._mixer import SequenceMixer
@@ -21,6 +21,27 @@ def cache_recurrence(system: str, rows: MixingRows) -> Recurrence:
         Identity(rows.n_key), OneHot(rows.n_key, rows.n_key), rows, system=system,
         gauge="one state per token",
     )  # fmt: skip
+
+
+class ScoredRows(MixingRows):
+    """Map rows made of the logits of `scores`, over the same queries and keys."""
+
+    scores: SoftmaxRows
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """As C: (batch, time, head, 1, key)."""
+        return self.scores.shape
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        """Whether a row is zero beyond its own position."""
+        return self.scores.causal
+
+    @property
+    def query_start(self) -> int:  # type: ignore[override]
+        """Position of the first row."""
+        return self.scores.query_start
 
 
 class CacheState(NamedTuple):

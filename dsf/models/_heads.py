@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from dsf.errors import DsfShapeError, DsfValueError
@@ -34,6 +36,24 @@ def check_query_key(function: str, query: Tensor, key: Tensor) -> None:
             f"{function}: key: expected axes (batch={query.shape[0]}, key, group, "
             f"width={query.shape[-1]}), got {tuple(key.shape)}; both are fixed by the query."
         )
+
+
+def check_shapes(
+    function: str, fixed_by: str, parts: Mapping[str, tuple[Tensor | None, tuple[int, ...]]]
+) -> None:
+    """Raise DsfShapeError unless every tensor that is given has the shape beside it."""
+    for name, (x, wanted) in parts.items():
+        if x is not None and tuple(x.shape) != wanted:
+            raise DsfShapeError(
+                f"{function}: {name}: expected shape {wanted}, got {tuple(x.shape)}; fixed by "
+                f"{fixed_by}."
+            )
+
+
+def check_at_least(layer: str, name: str, least: int, given: int) -> None:
+    """Raise DsfValueError on a size below `least`."""
+    if given < least:
+        raise DsfValueError(f"dsf.{layer}: {name}: expected at least {least}, got {given}.")
 
 
 def check_divides(layer: str, name: str, part: int, whole_name: str, whole: int) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dsf.mixing_rows import MixingRows
-from dsf.models._trees import Tree
 from dsf.shapes import Inexact
 from dsf.transitions._base import register, static
+from dsf.trees import Tree
 
 
 class Passes(NamedTuple):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dsf.models._hierarchical_core import Passes, log_total, node_means, node_sums
-from dsf.models._trees import Tree
 from dsf.recurrence import Recurrence
 from dsf.transitions import Dense
+from dsf.trees import Tree
 
 
 @functools.lru_cache(maxsize=32)

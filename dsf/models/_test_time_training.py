@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dsf.errors import DsfValueError
 from dsf.linearize import linearized
-from dsf.models._heads import check_divides, merge_heads, split_heads
+from dsf.models._heads import check_at_least, check_divides, merge_heads, split_heads
 from dsf.models._inner_training import (
     InnerNorm,
     InnerRun,
@@ -54,10 +53,7 @@ class TestTimeTrainer(SequenceMixer):
     ) -> None:  # fmt: skip
         super().__init__()
         check_divides(type(self).__name__, "n_head", n_head, "width", width)
-        if mini_batch < 1:
-            raise DsfValueError(
-                f"dsf.{type(self).__name__}: mini_batch: expected at least 1, got {mini_batch}."
-            )
+        check_at_least(type(self).__name__, "mini_batch", 1, mini_batch)
         channel = width // n_head
         self.n_head, self.mini_batch, self.rope_base = n_head, mini_batch, rope_base
         self.base_rate, self.normalised, self.norm_eps = base_rate, normalised, norm_eps

@@ -28,11 +28,11 @@ from dsf.models._hierarchical_stream import (
     tied_weights,
 )
 from dsf.models._mixer import SequenceMixer
-from dsf.models._trees import Tree, tree_from_branching
 from dsf.recurrence import Recurrence
 from dsf.scanning import scan
 from dsf.shapes import Bool, Float
 from dsf.transitions import Identity
+from dsf.trees import Tree, tree_from_branching
 from dsf.wrappers import Bidirectional, System
 
 SYSTEM = "hierarchical_attention"
@@ -51,7 +51,7 @@ def hierarchical_attention_recurrence(
     scale: float | None = None,
     family_bias: Float[Tensor, "#batch #head family child child"] | None = None,
 ) -> System:
-    """Hierarchical self-attention over values (batch, time, head, channel).
+    """Hierarchical self-attention over values (batch, time, head, channel), tree from `dsf.trees`.
 
     tied: the matrix nearest to softmax in sum_t KL(M_t || softmax_t) among those with one number
     per pair of siblings of the tree, by the dynamic programme of `tree_passes`; self_term=False

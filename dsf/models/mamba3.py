@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dsf.errors import DsfShapeError, DsfValueError
-from dsf.models._heads import check_divides, share_groups, split_heads
+from dsf.models._heads import (
+    check_at_least,
+    check_divides,
+    check_shapes,
+    share_groups,
+    split_heads,
+)
 from dsf.models._mixer import SequenceMixer
 from dsf.models._projections import GatedRmsNorm
 from dsf.models._step_size import initial_step_bias, step_sizes
@@ -30,11 +36,15 @@ def turned(
 ) -> Float[Tensor, "batch time head rank state"]:
     """Coordinates (2i, 2i+1), or (i, i + state/2) with pairing "half", turned by angle i.
 
-    Coordinates beyond the last angle stay. Raises DsfValueError on an unknown pairing.
+    Coordinates beyond the last angle stay. Raises DsfValueError on an unknown pairing,
+    DsfShapeError on an odd state and on more angles than pairs.
     """
-    if pairing not in PAIRINGS:
-        raise DsfValueError(
-            f"dsf.{SYSTEM}_recurrence: pairing: expected one of {PAIRINGS}, got {pairing!r}."
+    check_pairing("turned", pairing)
+    n_state, n_pair = x.shape[-1], angle.shape[-1]
+    if n_state % 2 or n_pair > n_state // 2:
+        raise DsfShapeError(
+            f"dsf.turned: angle: expected at most half as many angles as an even state, got "
+            f"{n_pair} for {n_state}."
         )
     axis = -1 if pairing == "neighbour" else -2
     pairs = x.unflatten(-1, (-1, 2) if pairing == "neighbour" else (2, -1))
@@ -42,6 +52,14 @@ def turned(
     angle = functional.pad(angle, (0, one.shape[-1] - angle.shape[-1]))[:, :, :, None]
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([one * cos - two * sin, one * sin + two * cos], axis).flatten(-2)
+
+
+def check_pairing(function: str, pairing: str) -> None:
+    """Raise DsfValueError on an unknown pairing."""
+    if pairing not in PAIRINGS:
+        raise DsfValueError(
+            f"dsf.{function}: pairing: expected one of {PAIRINGS}, got {pairing!r}."
+        )
 
 
 def mamba3_recurrence(
@@ -71,12 +89,13 @@ def mamba3_recurrence(
     of the values may be left out when it is 1. State: (state + rank) x channel a head. Raises
     DsfShapeError. Source: Lahoti et al. (2026), arXiv 2603.15569, section 3.
     """
-    if C.shape != B.shape:
-        raise DsfShapeError(
-            f"dsf.{SYSTEM}_recurrence: C: expected axes {tuple(B.shape)} like B, got "
-            f"{tuple(C.shape)}."
-        )
-    rank, n_state = B.shape[-2:]
+    batch, length, head, rank, n_state = B.shape
+    each = (batch, length, head)
+    check_shapes(f"dsf.{SYSTEM}_recurrence", "B", {
+        "log_decay": (log_decay, each), "step_size": (step_size, each),
+        "trapezoid": (trapezoid, each), "C": (C, (*each, rank, n_state)), "D": (D, (head,)),
+        "previous": (previous, (batch, head, rank, n_state)),
+    })  # fmt: skip
     key, read = B.mT, C
     first = key.new_zeros(key[:, :1].shape) if previous is None else previous.mT[:, None]
     before = torch.cat([first, key], dim=1)[:, : key.shape[1]]
@@ -159,6 +178,8 @@ class Mamba3(SequenceMixer):
         self.n_head, self.n_group, self.rank, self.n_state = (
             inner // head_width, n_group, rank, n_state)  # fmt: skip
         check_divides("Mamba3", "n_group", n_group, "n_head", self.n_head)
+        check_at_least("Mamba3", "rank", 1, rank)
+        check_pairing("Mamba3", pairing)
         self.n_pair, self.pairing = int(n_state * rotated) // 2, pairing
         if n_state % 2 or not self.n_pair or self.n_pair > n_state // 2:
             raise DsfValueError(

@@ -16,7 +16,13 @@ from dsf.factors import SoftmaxRows
 from dsf.mixing_rows import MixingRows
 from dsf.models._cached import CachedMixer, cache_recurrence
 from dsf.models._fading import faded, fading
-from dsf.models._heads import check_query_key, merge_heads, share_groups, split_heads
+from dsf.models._heads import (
+    check_at_least,
+    check_query_key,
+    merge_heads,
+    share_groups,
+    split_heads,
+)
 from dsf.models._projections import ConvolvedLinear, unit
 from dsf.recurrence import Recurrence
 from dsf.shapes import Float, Inexact
@@ -214,10 +220,12 @@ class PathAttention(CachedMixer):
         rank: int | None = 32, conv_size: int = 3, bias: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(width, n_head, n_group=n_group, bias=bias)
+        check_at_least("PathAttention", "conv_size", 0, conv_size)
+        check_at_least("PathAttention", "rank", 1, 1 if rank is None else rank)
         inner = width // n_head * self.n_group
         self.down = nn.Identity() if rank is None else nn.Linear(width, rank, bias=False)
         self.direction = ConvolvedLinear(
-            rank or width, inner, conv_size, "silu" if conv_size else None
+            width if rank is None else rank, inner, conv_size, "silu" if conv_size else None
         )
         self.n_past = max(conv_size - 1, 0)
         self.strength = nn.Linear(width, self.n_group)

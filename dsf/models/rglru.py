@@ -11,14 +11,12 @@ from torch.nn import functional
 
 from dsf.errors import DsfShapeError
 from dsf.models._mixer import SequenceMixer
+from dsf.models._real_gates import DECAY_SCALE, decay_root, initial_decay_parameter
 from dsf.recurrence import Recurrence
 from dsf.scanning import step
 from dsf.shapes import Bool, Float
 from dsf.short_convolution import short_convolution, short_convolution_step
 from dsf.transitions import Diagonal
-
-DECAY_SCALE = 8.0
-"""c of the paper: the largest decay is exp(-c softplus(parameter))."""
 
 
 def rglru_recurrence(
@@ -46,7 +44,7 @@ def rglru_recurrence(
     log_decay = -c * torch.sigmoid(recurrence_logit) * functional.softplus(parameter)
     write = torch.sigmoid(input_logit)
     if normalised:
-        root = _sqrt(epsilon - torch.expm1(2 * log_decay))
+        root = decay_root(log_decay, epsilon)
         write = write * (root if reset is None else root.masked_fill(reset[..., None], 1.0))
     if reset is not None:
         log_decay = log_decay.masked_fill(reset[..., None], -torch.inf)
@@ -56,11 +54,6 @@ def rglru_recurrence(
         initial_state=None if initial_state is None else initial_state[..., None, None],
         system="rglru",
     )  # fmt: skip
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    zero = x.detach() <= 0
-    return torch.sqrt(x.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
 
 
 class RgLruCore(nn.Module):
@@ -73,7 +66,7 @@ class RgLruCore(nn.Module):
                 f"dsf.models.Rglru: n_head: expected a divisor of {width}, got {n_head}."
             )
         size = width // n_head
-        self.recurrent_param = nn.Parameter(_initial_parameter(width))
+        self.recurrent_param = nn.Parameter(initial_decay_parameter(width))
         for name in ("input_gate", "recurrent_gate"):
             weight = torch.randn(n_head, size, size) * size**-0.5
             setattr(self, f"{name}_weight", nn.Parameter(weight))
@@ -90,12 +83,6 @@ class RgLruCore(nn.Module):
         weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
         blocks = x.unflatten(-1, weight.shape[:2])
         return (torch.einsum("...hi,hij->...hj", blocks, weight) + bias).flatten(-2)
-
-
-def _initial_parameter(width: int) -> Tensor:
-    """softplus^-1(-log a) with a^2 uniform in [0.9^2, 0.999^2], the decay at half-open gates."""
-    squared = torch.empty(width).uniform_(0.9**2, 0.999**2)
-    return torch.log(torch.expm1(-0.5 * torch.log(squared)))
 
 
 class Rglru(SequenceMixer):

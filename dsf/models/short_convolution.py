@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsf.errors import DsfShapeError
+from dsf.models._heads import check_at_least
 from dsf.models._mixer import SequenceMixer
 from dsf.recurrence import Recurrence
 from dsf.shapes import Float
@@ -74,6 +75,7 @@ class ShortConvolution(SequenceMixer):
         self, width: int, *, kernel: int = 3, gated: bool = True, bias: bool = False
     ) -> None:
         super().__init__()
+        check_at_least("ShortConvolution", "kernel", 1, kernel)
         self.gated = gated
         self.in_proj = nn.Linear(width, 3 * width if gated else width, bias=bias)
         self.conv = nn.Conv1d(width, width, kernel, groups=width, bias=bias)

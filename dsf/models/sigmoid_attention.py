@@ -14,7 +14,7 @@ from dsf.coefficients import CoefficientDynamics
 from dsf.errors import DsfUnsupportedError
 from dsf.factors import SoftmaxRows
 from dsf.mixing_rows import MixingRows
-from dsf.models._cached import CachedMixer, cache_recurrence
+from dsf.models._cached import CachedMixer, ScoredRows, cache_recurrence
 from dsf.models._heads import check_query_key
 from dsf.shapes import Bool, Float, Inexact
 from dsf.transitions import Identity
@@ -26,28 +26,13 @@ SYSTEM = "sigmoid_attention"
 
 @register
 @dataclasses.dataclass(frozen=True)
-class SigmoidRows(MixingRows):
+class SigmoidRows(ScoredRows):
     """Rows w_tj = sigmoid(z_tj) of the logits that `scores` has, none stored.
 
     Where a key is not seen (causality, window, mask) the weight is exactly zero.
     """
 
     scores: SoftmaxRows
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        """As C: (batch, time, head, 1, key)."""
-        return self.scores.shape
-
-    @property
-    def causal(self) -> bool:  # type: ignore[override]
-        """Whether a row is zero beyond its own position."""
-        return self.scores.causal
-
-    @property
-    def query_start(self) -> int:  # type: ignore[override]
-        """Position of the first row."""
-        return self.scores.query_start
 
     def tile(self, queries: slice, keys: slice) -> Inexact[Tensor, "batch head query key"]:
         """Only the asked entries are computed: a row needs no other key."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dsf.models._heads import check_query_key
+from dsf.models._heads import check_at_least, check_query_key, check_shapes
 from dsf.models._inner_training import (
     InnerNorm,
     Tokens,
@@ -27,14 +27,14 @@ def ttt_linear_recurrence(
     key: Float[Tensor, "batch time head state"],
     value: Float[Tensor, "batch time head channel"],
     rate: Float[Tensor, "batch time head"],
-    norm_weight: Float[Tensor, "head channel"] | None = None,
-    norm_bias: Float[Tensor, "head channel"] | None = None,
+    norm_weight: Float[Tensor, "_head _channel"] | None = None,
+    norm_bias: Float[Tensor, "_head _channel"] | None = None,
     *,
     write_strength: Float[Tensor, "batch time head"] | None = None,
     mini_batch: int = 1,
     scale: float = 1.0,
     eps: float = 1e-6,
-    initial_state: Float[Tensor, "batch head row channel"] | None = None,
+    initial_state: Float[Tensor, "_batch _head _row _channel"] | None = None,
 ) -> tuple[Recurrence, Tensor]:
     """TTT-Linear's weights as a system, and its values (batch, time, head, channel).
 
@@ -51,9 +51,19 @@ def ttt_linear_recurrence(
     the delta rule, and for a mini-batch as long as the sequence linear attention. initial_state
     (batch, head, state + 1, channel) has W and the bias below it. scale multiplies q, not its 1.
     Cost O(length state channel); mini-batches longer than 1 keep 2 (state + 1) states. Raises
-    DsfShapeError. Source: Sun et al. (2024), arXiv 2407.04620, eqs. 4 to 7 and theorem 1.
+    DsfShapeError, DsfValueError. Source: Sun et al. (2024), arXiv 2407.04620, eqs. 4 to 7 and
+    theorem 1.
     """
     check_query_key(f"dsf.{SYSTEM}_recurrence", query, key)
+    check_at_least(f"{SYSTEM}_recurrence", "mini_batch", 1, mini_batch)
+    batch, length, head, n_state = query.shape
+    each, channel = (batch, length, head), value.shape[-1]
+    check_shapes(f"dsf.{SYSTEM}_recurrence", "query and value", {
+        "key": (key, (*each, n_state)), "value": (value, (*each, channel)), "rate": (rate, each),
+        "norm_weight": (norm_weight, (head, channel)), "norm_bias": (norm_bias, (head, channel)),
+        "write_strength": (write_strength, each),
+        "initial_state": (initial_state, (batch, head, n_state + 1, channel)),
+    })  # fmt: skip
     norm = None
     if norm_weight is not None:
         bias = norm_weight.new_zeros(norm_weight.shape) if norm_bias is None else norm_bias
@@ -64,9 +74,7 @@ def ttt_linear_recurrence(
     if norm is not None:
         start = initial_state
         if start is None:
-            start = value.new_zeros(
-                value.shape[0], value.shape[2], key.shape[3] + 1, value.shape[3]
-            )
+            start = value.new_zeros(batch, head, n_state + 1, channel)
         tokens = Tokens(
             scale * query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
             rate.mT[..., None], strength.mT[..., None],

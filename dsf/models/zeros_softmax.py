@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from dsf.errors import DsfShapeError, DsfUnsupportedError
 from dsf.factors import SoftmaxRows
-from dsf.mixing_rows import MixingRows
-from dsf.models._cached import CachedMixer, CacheState, cache_recurrence
+from dsf.models._cached import CachedMixer, CacheState, ScoredRows, cache_recurrence
 from dsf.models._heads import check_query_key, merge_heads, share_groups, split_heads
 from dsf.shapes import Bool, Float, Inexact
 from dsf.transitions._base import register
@@ -22,7 +21,7 @@ SYSTEM = "zeros_softmax"
 
 @register
 @dataclasses.dataclass(frozen=True)
-class ZeroSumRows(MixingRows):
+class ZeroSumRows(ScoredRows):
     """Rows of softmax with its orders reweighted, none stored; they sum to the zero gate.
 
         r_tj = g1_t d_tj / n_t + gh_t (p_tj - 1/n_t - d_tj / n_t) + g0_t / n_t
@@ -36,21 +35,6 @@ class ZeroSumRows(MixingRows):
     first_gate: Tensor
     higher_gate: Tensor
     zero_gate: Tensor | None = None
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        """As C: (batch, time, head, 1, key)."""
-        return self.scores.shape
-
-    @property
-    def causal(self) -> bool:  # type: ignore[override]
-        """Whether a row is zero beyond its own position."""
-        return self.scores.causal
-
-    @property
-    def query_start(self) -> int:  # type: ignore[override]
-        """Position of the first row."""
-        return self.scores.query_start
 
     def tile(self, queries: slice, keys: slice) -> Inexact[Tensor, "batch head query key"]:
         """All logits of the asked rows, then the asked columns."""
