@@ -18,6 +18,7 @@ from dsf.algebra import (
     skip,
     slice_time,
 )
+from dsf.backends import which_backend
 from dsf.factors import ExplicitRows, MixingRows, OneHot, SoftmaxRows
 from dsf.maps import attention_map, materialise
 from dsf.recurrence import Recurrence
@@ -26,22 +27,31 @@ from dsf.wrappers import Anticausal, Bidirectional, Gated, System, anticausal, g
 
 if TYPE_CHECKING:
     from dsf import measures, models
+    from dsf.blocks import Block
+    from dsf.coefficient_forms import coefficient_dynamics
+    from dsf.coefficients import CoefficientDynamics
     from dsf.comparison import compare
+    from dsf.decoding import trace_decoding
+    from dsf.rollouts import Rollout, rollout
     from dsf.tracing import LayerTrace, from_layer, trace
 
 _LATER = {
     "models": "dsf.models", "measures": "dsf.measures", "plot": "dsf.plot",
     "compare": "dsf.comparison", "from_layer": "dsf.tracing", "trace": "dsf.tracing",
-    "LayerTrace": "dsf.tracing",
+    "LayerTrace": "dsf.tracing", "CoefficientDynamics": "dsf.coefficients",
+    "coefficient_dynamics": "dsf.coefficient_forms", "Block": "dsf.blocks",
+    "Rollout": "dsf.rollouts", "rollout": "dsf.rollouts",
+    "trace_decoding": "dsf.decoding",
 }  # fmt: skip
 """Loaded on first use, so that `import dsf` stays light."""
 
 __all__ = [
-    "Anticausal", "Bidirectional", "ExplicitRows", "Gated", "LayerTrace", "MixingRows", "OneHot",
-    "Recurrence", "SoftmaxRows", "System", "anticausal", "attention_map", "change_of_basis",
-    "compare", "concatenate_time", "from_layer", "gated", "materialise", "measures", "models",
-    "parallel", "realified", "scan", "series", "skip", "slice_time", "step", "trace",
-    "transitions",
+    "Anticausal", "Bidirectional", "Block", "CoefficientDynamics", "ExplicitRows", "Gated",
+    "LayerTrace", "MixingRows", "OneHot", "Recurrence", "Rollout", "SoftmaxRows", "System",
+    "anticausal", "attention_map", "change_of_basis", "coefficient_dynamics", "compare",
+    "concatenate_time", "from_layer", "gated", "materialise", "measures", "models", "parallel",
+    "realified", "rollout", "scan", "series", "skip", "slice_time", "step", "trace",
+    "trace_decoding", "transitions", "which_backend",
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsf.errors import DsfTypeError, DsfUnsupportedError, DsfValueError
 from dsf.factors import OneHot
+from dsf.kernel_scans import kernel_dtype, kernel_gap
 from dsf.mixing_rows import MixingRows, Part
 from dsf.recurrence import Recurrence
 from dsf.shapes import Inexact
@@ -73,7 +74,8 @@ def scan(
     system: Recurrence, Anticausal, Bidirectional or Gated.
     values: u, (batch, time, head, input, channel); the input axis is left out when it is 1.
     backend: "reference" (the float64 loop, float64 out), "chunked" (torch, matmul form),
-        "triton" (CUDA kernels where the structure has one), "auto" (the fastest there is).
+        "triton" (CUDA kernels where the structure has one; 16-bit values are multiplied as such),
+        "auto" (the fastest there is; `dsf.which_backend` tells which).
     return_state: also return h_L (batch, head, state, channel); a pair for Bidirectional.
     chunk: length of a chunk; by default chosen by the structure.
     allow_nonfinite: let NaN and infinity through instead of refusing them.
@@ -85,8 +87,8 @@ def scan(
 
     Raises DsfShapeError, DsfTypeError, DsfValueError before any work. Cost: O(length * state *
     channel) for identity, scalar, diagonal; O(length * state^2) for dense; memory O(length).
-    Differentiable any number of times, except a softmax map with backend "auto": PyTorch's
-    fused attention has one derivative, "chunked" and "reference" have all.
+    Differentiable any number of times with "chunked" and "reference"; once where "auto" takes
+    PyTorch's fused attention or a Triton kernel.
     """
     run = _Run("dsf.scan", backend, chunk)
     run.check(system, values, allow_nonfinite)
@@ -189,9 +191,19 @@ def run_one(
         r, values = r.to(torch.float64), values.to(_in_float64(values.dtype))
     wanted = torch.promote_types(r.dtype, values.dtype)
     dtype = torch.promote_types(wanted, torch.float32)
-    r, u = r.to(real_dtype(dtype)), values.to(dtype)
-    state = _initial_state(r, u)
-    if is_cache(r) and backend != "reference":
+    cached = is_cache(r) and backend != "reference"
+    if backend in ("auto", "triton") and not cached:
+        gap = kernel_gap(r, values)
+        if gap and backend == "triton":
+            raise DsfUnsupportedError(f"dsf.scan: backend: {gap}. Use backend='chunked'.")
+        one_step = backend == "auto" and values.shape[1] == 1
+        backend = "chunked" if gap or one_step else "triton"
+    if backend == "triton" and not cached:  # keeps 16-bit types, and the decays as they are
+        u, state = values, _initial_state(r, values.to(torch.float32))
+    else:
+        r, u = r.to(real_dtype(dtype)), values.to(dtype)
+        state = _initial_state(r, u)
+    if cached:
         y, state = _mix_cache(r, u, state, part, fused=backend == "auto")
     else:
         y, state = _run_dense(r, u, state, backend, chunk, part)
@@ -230,17 +242,12 @@ def _run(
     A: Transition, B: Tensor, C: Tensor, u: Tensor, state: Tensor, backend: Backend,
     chunk: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if backend == "triton":
+        dtype = kernel_dtype(B, C, u)
+        return A.scan_triton(B.to(dtype), C.to(dtype), u.to(dtype), state)
     if backend == "reference" or u.shape[1] == 1:
         return loop(A, B, C, u, state)
-    if backend != "triton":
-        return A.scan_chunked(B, C, u, state, chunk)
-    kernel = getattr(A, "scan_triton", None)
-    if kernel is None or not u.is_cuda:
-        raise DsfUnsupportedError(
-            f"dsf.scan: backend: structure {A.structure!r} on {u.device} has no Triton kernel. "
-            f"Use backend='chunked'."
-        )
-    return kernel(B, C, u, state)
+    return A.scan_chunked(B, C, u, state, chunk)
 
 
 def _run_strict(

@@ -100,7 +100,7 @@ GOLDEN = {
         "dsf.scan: chunk: expected a positive length, got 0."),
     "no kernel": (
         lambda: dsf.scan(R, U, "triton"), errors.DsfUnsupportedError,
-        "dsf.scan: backend: structure 'diagonal' on cpu has no Triton kernel. Use "
+        "dsf.scan: backend: the kernels need CUDA tensors, the values are on cpu. Use "
         "backend='chunked'."),
     "step of several tokens": (
         lambda: dsf.step(R, U[:, 0]), errors.DsfShapeError,

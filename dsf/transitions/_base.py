@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dsf.shapes import Inexact
+from dsf.shapes import Inexact, broadcast_shapes
 
 Class = TypeVar("Class", bound=type)
 Own = TypeVar("Own", bound="Transition")
@@ -141,6 +141,14 @@ class Transition:
 
         return loop(self, B, C, values, state)
 
+    def triton_gap(self, n_channel: int, dtype: torch.dtype) -> str:
+        """Why no Triton kernel runs this transition on such values; "" if one does."""
+        return f"structure {self.structure!r} has no Triton kernel"
+
+    def scan_triton(self, B: Any, C: Any, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The same by a kernel, where `triton_gap` is empty: one input, one output."""
+        raise NotImplementedError
+
     def after(self, earlier: Transition) -> Transition:
         """The product A_self A_earlier of any two structures, widened until the types meet."""
         if self.n_state != earlier.n_state:
@@ -192,7 +200,7 @@ class Transition:
 
     def lead_shape(self) -> tuple[int, ...]:
         """Broadcast (batch, time, head)."""
-        return tuple(torch.broadcast_shapes(*[t.shape[:3] for t in self.tensors()], (1, 1, 1)))
+        return tuple(broadcast_shapes(*[t.shape[:3] for t in self.tensors()], (1, 1, 1)))
 
     def shape_faults(self) -> list[str]:
         """What does not fit in the tensors' own axes, one sentence each; empty if all is well."""

@@ -65,7 +65,19 @@ class Diagonal(Decay):
     def scan_chunked(
         self, B: Any, C: Any, values: Tensor, state: Tensor, chunk: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Factored chunks where the decays' span fits the type, multiplicative ones elsewhere."""
+        """Masked products by chunks, the decays multiplied in block by block."""
         from dsf.chunked import scan_diagonal
 
         return scan_diagonal(self, B, C, values, state, chunk)
+
+    def triton_gap(self, n_channel: int, dtype: torch.dtype) -> str:
+        """Real decays have one: elementwise for one channel, a matrix state for several."""
+        from dsf.kernel_scans import decay_gap
+
+        return decay_gap(self, n_channel, dtype)
+
+    def scan_triton(self, B: Any, C: Any, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One fused pass over time."""
+        from dsf.kernel_scans import scan_diagonal
+
+        return scan_diagonal(self, B, C, values, state)

@@ -68,3 +68,15 @@ class Scalar(Decay):
         from dsf.chunked import scan_scalar
 
         return scan_scalar(self, B, C, values, state, chunk)
+
+    def triton_gap(self, n_channel: int, dtype: torch.dtype) -> str:
+        """Real decays of at most 256 states and channels have one."""
+        from dsf.kernel_scans import decay_gap
+
+        return decay_gap(self, n_channel, dtype)
+
+    def scan_triton(self, B: Any, C: Any, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One fused pass over chunks."""
+        from dsf.kernel_scans import scan_scalar
+
+        return scan_scalar(self, B, C, values, state)

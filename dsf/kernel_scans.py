@@ -1,0 +1,108 @@
+"""Scans by the Triton kernels of `dsf_kernels`: what they cover, and the layouts in between.
+
+A structure that has a kernel says so in `triton_gap` and runs it in `scan_triton`; both call this
+file. The kernels take B, C and the values in one type of 16 or 32 bits, each as it lies in
+memory, keep the state in float32, and have first derivatives.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dsf.transitions._base import is_traced
+
+if TYPE_CHECKING:
+    from dsf.recurrence import Recurrence
+    from dsf.transitions import Diagonal, Scalar
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels then run on the CPU, slowly
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 256
+"""States, or channels, of one head that a matrix state may have."""
+
+
+def kernel_dtype(*tensors: Tensor) -> torch.dtype:
+    """The type in which a kernel would read B, C and the values: their common one."""
+    dtype = tensors[0].dtype
+    for other in tensors[1:]:
+        dtype = torch.promote_types(dtype, other.dtype)
+    return dtype
+
+
+def kernel_gap(r: Recurrence, values: Tensor) -> str:
+    """Why no kernel can run the recurrence on `values` (input axis in full); "" when one can."""
+    if not (values.is_cuda or INTERPRETED):
+        return f"the kernels need CUDA tensors, the values are on {values.device}"
+    if not HAS_TRITON:
+        return "triton is not installed (the extra `kernels`)"
+    if is_traced() and not torch.compiler.is_compiling():
+        return "the kernels have no rule for vmap and the transforms of torch.func"
+    dtype = kernel_dtype(values, *(x for x in (r.B, r.C) if isinstance(x, Tensor)))
+    if dtype not in TYPES:
+        return f"the kernels read {', '.join(str(t) for t in TYPES)}, not {dtype}"
+    if (r.n_input, r.n_output) != (1, 1):
+        return f"the kernels have one input and output a head, not {r.n_input} and {r.n_output}"
+    return r.A.triton_gap(values.shape[-1], dtype)
+
+
+def decay_gap(A: Any, n_channel: int, dtype: torch.dtype) -> str:
+    """Why the kernels cannot run an identity, scalar or diagonal A; "" when they can."""
+    if getattr(A, "phase", None) is not None:
+        return "complex decays have no kernel yet"
+    if n_channel > 1 or A.structure != "diagonal":
+        if getattr(A, "sign", None) is not None:
+            return "a matrix state has no kernel for negative decays"
+        if max(A.n_state, n_channel) > WIDEST:
+            return f"a matrix state may be {WIDEST} x {WIDEST} at most"
+    if n_channel > 1 and A.structure == "diagonal":
+        from dsf_kernels.diagonal_decay_scan import diagonal_decay_gap
+
+        gap = diagonal_decay_gap(dtype, A.n_state, n_channel)
+        return gap and f"the kernel of a decay per state: {gap}"
+    return ""
+
+
+def scan_scalar(
+    A: Scalar | None, B: Tensor, C: Tensor, values: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """C_t h_t (batch, time, head, 1, channel) and h_L, for one decay a head (None: no decay)."""
+    from dsf_kernels.scalar_decay_scan import scalar_decay_scan
+
+    batch, length, n_head = values.shape[:3]
+    key, query = _tokens(B.squeeze(4), values), _tokens(C.squeeze(3), values)
+    decay = None if A is None else A.log_decay.expand(batch, length, n_head)
+    y, last = scalar_decay_scan(query, key, values.squeeze(3), decay, state.float())
+    return y.unsqueeze(3), last
+
+
+def scan_diagonal(
+    A: Diagonal, B: Tensor, C: Tensor, values: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for one decay a state; with one channel a head each state is scanned by itself."""
+    batch, length, n_head, _, n_channel = values.shape
+    shape = (batch, length, n_head, A.n_state)
+    if n_channel > 1:
+        from dsf_kernels.diagonal_decay_scan import diagonal_decay_scan
+
+        key, query = _tokens(B.squeeze(4), values), _tokens(C.squeeze(3), values)
+        decay = A.log_decay.expand(shape)
+        y, last = diagonal_decay_scan(query, key, values.squeeze(3), decay, state.float())
+        return y.unsqueeze(3), last
+    from dsf_kernels.diagonal_scan import diagonal_scan
+
+    write = (B.squeeze(4) * values.squeeze(3)).expand(shape)
+    decay = A.log_decay if A.sign is None else A.sign * A.log_decay.exp()
+    start = state.squeeze(3).float()
+    h, last = diagonal_scan(decay.expand(shape), write, start, log=A.sign is None)
+    return C @ h[..., None], last[..., None]
+
+
+def _tokens(x: Tensor, values: Tensor) -> Tensor:
+    """Size-1 batch and time spread over those of the values; one head stays one group."""
+    return x.expand(values.shape[0], values.shape[1], *x.shape[2:])

@@ -1,0 +1,126 @@
+"""dsf.scan by the Triton kernels: in the interpreter (a child process), and on the GPU.
+
+Run as a script it prints the interpreter's errors as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsf
+from dsf.transitions import Diagonal, Identity, Scalar, Transition
+
+pytest.importorskip("triton", reason="triton is not installed")
+KERNELS = Path(__file__).parents[1] / "kernels"
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+EXACT, SIXTEEN = 2e-6, 2e-2
+"""Largest difference from the float64 loop over the largest output: float32, bfloat16."""
+BATCH, HEAD, N = 2, 2, 3
+
+
+def systems(length: int, channel: int = 2, dtype: torch.dtype = torch.float32) -> dict:
+    """{name: (system, values)}: each structure, axes of size 1, wrappers, a skip."""
+    g = torch.Generator().manual_seed(length)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g)
+
+    def make(A: Transition, time: int = length, head: int = HEAD, **more) -> dsf.Recurrence:
+        B = draw(1 if time == 1 else BATCH, time, head, N, 1).to(dtype)
+        C = draw(BATCH, length, head, 1, N).to(dtype)
+        return dsf.Recurrence(A, B, C, **more)
+
+    scalar = Scalar(-draw(BATCH, length, HEAD).abs(), n_state=N)
+    diagonal = Diagonal(-draw(BATCH, length, HEAD, N).abs())
+    signed = Diagonal(diagonal.log_decay, torch.where(diagonal.log_decay < -0.5, -1.0, 1.0))
+    start = draw(BATCH, HEAD, N, channel)
+    u, single = draw(BATCH, length, HEAD, channel).to(dtype), draw(BATCH, length, HEAD, 1)
+    skip = draw(BATCH, length, HEAD, 1, 1).to(dtype)
+    found = {
+        "identity": (make(Identity(N), D=skip), u),
+        "scalar": (make(scalar, initial_state=start), u),
+        "scalar that does not vary": (make(Scalar(-draw(1, 1, HEAD).abs(), n_state=N), 1), u),
+        "scalar of shared B": (make(scalar, head=1), u),
+        "diagonal": (make(diagonal, initial_state=start), u),
+        "diagonal of one channel": (
+            make(diagonal, initial_state=start[..., :1]),
+            single.to(dtype),
+        ),
+        "negative decays": (make(signed), single.to(dtype)),
+    }
+    backwards = {
+        "anticausal": (dsf.anticausal(make(scalar)), u),
+        "strictly anticausal": (dsf.anticausal(make(scalar), strict=True), u),
+        "both ways": (
+            dsf.Bidirectional(make(scalar), dsf.anticausal(make(diagonal), strict=True)), u,
+        ),
+    }  # fmt: skip
+    return found | (backwards if length > 1 else {})
+
+
+def difference(system, values) -> float:
+    """Of outputs, states and one gradient, over the largest of each."""
+    device = values.device
+    found, state = dsf.scan(system, values, "triton", return_state=True)
+    expected, last = dsf.scan(system, values, "reference", return_state=True)
+    pairs = [(found, expected)]
+    if torch.is_tensor(state):
+        pairs.append((state, last))
+    if values.shape[1]:
+        upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        leaves = [values.clone().requires_grad_() for _ in range(2)]
+        for leaf, backend in zip(leaves, ("triton", "reference"), strict=True):
+            (dsf.scan(system, leaf, backend) * upstream).sum().backward()
+        pairs.append((leaves[0].grad, leaves[1].grad))
+    worst = [(a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)
+             for a, b in pairs if a.numel()]  # fmt: skip
+    return float(max(worst, default=torch.tensor(0.0)))
+
+
+def test_interpreted():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(KERNELS)
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True,
+                         env=environment, timeout=600)  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert {"identity 5", "both ways 5", "scalar 0"} <= set(found)
+    wrong = {name: error for name, error in found.items() if not error <= EXACT}
+    assert not wrong, wrong
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("length", [0, 1, 63, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(systems(2)))
+def test_on_the_gpu(name, dtype, length):
+    cases = systems(length, 16, dtype)
+    if name not in cases:
+        pytest.skip("nothing to run backwards")
+    system, values = torch.utils._pytree.tree_map(lambda x: x.cuda(), cases[name])
+    assert difference(system, values) <= (EXACT if dtype == torch.float32 else SIXTEEN)
+    assert "triton" in dsf.which_backend(system, values) or length == 1
+
+
+def test_the_backend_that_runs_is_told():
+    system, values = systems(5)["scalar"]
+    assert dsf.which_backend(system, values) == (
+        "chunked (the kernels need CUDA tensors, the values are on cpu)"
+    )
+    query, key = torch.randn(2, 1, 5, 2, 4)
+    rows = dsf.Recurrence(Identity(5), dsf.OneHot(5, 5), dsf.SoftmaxRows(query, key))
+    assert dsf.which_backend(rows, torch.randn(1, 5, 2, 3)) == "fused attention"
+
+
+if __name__ == "__main__":
+    cases = {f"{k} {n}": case for n in (0, 5) for k, case in systems(n).items()}
+    cases["scalar 1"] = systems(1)["scalar"]
+    print(json.dumps({name: difference(*case) for name, case in cases.items()}))
