@@ -80,8 +80,9 @@ def _write_page(
     lines = [
         "# Speed and errors of the chunked scan",
         "",
-        f"Written by `python analyses/scan_speed.py {' '.join(sys.argv[1:])}`. Loop: `dsf.scanning.loop`, the definition in the same "
-        'precision; chunked: `dsf.scan(..., backend="chunked")`, its checks included. Units: '
+        f"Written by `python analyses/scan_speed.py {' '.join(sys.argv[1:])}`. Loop: "
+        "`dsf.scanning.loop`, the definition in the same precision; "
+        'chunked: `dsf.scan(..., backend="chunked")`, its checks included. Units: '
         "|error| / (u M) against the float64 loop, u = 2^-24, M the scan of absolute values (for "
         "the delta rules the largest output of the head).",
         "",

