@@ -1,0 +1,256 @@
+"""Linear recurrence with a matrix state and one decay per state and token: GLA, MetaLA, HGRN2,
+RWKV-6.
+
+Two kernels forward. `pair_kernel`, parallel over chunks of c tokens, gives the scores of the pairs
+inside a chunk, the queries decayed from the chunk's start, the keys decayed to its end.
+`walk_kernel` carries the state from chunk to chunk and writes the outputs.
+
+The score of i > j is sum_n q_i a_{j+1} .. a_i k_j, a product of up to c decays that differ by
+state. Blocks of 2, 4, .. c tokens are cut in their middle; the pairs that a cut of some length
+parts are one matrix product, of queries decayed from the cut and keys decayed to it. Every factor
+is a product of decays, at most 1, built by multiplication alone: nothing overflows, nothing is
+divided or subtracted, and decays of 0 or of exp(-100) are exact. log2(c) products of c x c tiles,
+and one exponential a token and state.
+
+Backward: the scores again, the states at the chunks' starts (stored in the type of the values),
+their gradients at the chunks' ends with the gradients of the values, and a kernel parallel over
+chunks for the rest. The gradient of a log decay sums the pairs that span the token, cut by cut.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dsf_kernels.diagonal_decay_launch import Chunks
+from dsf_kernels.launch import INTERPRETED, check_kind, check_tensor, on_device
+
+MAX_WIDTH = 128
+SMALL = 16
+
+
+def _start(value: Tensor, n_state: int, initial: Tensor | None) -> Tensor:
+    shape = (value.shape[0], value.shape[2], n_state, value.shape[3])
+    zero = value.new_zeros(shape, dtype=torch.float32)
+    return zero if initial is None else zero + initial
+
+
+@torch.library.custom_op("dsf::diagonal_decay_scan", mutates_args=())
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, initial: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    if value.numel() == 0:
+        return out, _start(value, key.shape[3], initial)
+    shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
+    final = value.new_empty(shape, dtype=torch.float32)
+    with on_device(value):
+        chunks = Chunks(query, key, value, log_decay, scale)
+        chunks.walk(value, out=out, initial=initial, final=final)
+    return out, final
+
+
+@_forward.register_fake
+def _(query, key, value, log_decay, initial, scale):
+    shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
+    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return out, value.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("dsf::diagonal_decay_scan_adjoint", mutates_args=())
+def _adjoint(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, initial: Tensor | None,
+    grad: Tensor, grad_final: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_initial = _start(value, key.shape[3], grad_final)
+    grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    if value.numel() == 0:
+        zeros = [torch.zeros(t.shape).to(t) for t in (query, key, log_decay)]
+        return zeros[0], zeros[1], grad_value, zeros[2], grad_initial
+    with on_device(value):
+        chunks = Chunks(query, key, value, log_decay, scale)
+        start, end = chunks.states(), chunks.states()
+        chunks.walk(value, initial=initial, saved=start)
+        chunks.walk(grad, reverse=True, out=grad_value, initial=grad_final, final=grad_initial,
+                    saved=end)  # fmt: skip
+        grad_query, grad_key, grad_decay = chunks.gradients(grad, start, end)
+    return grad_query, grad_key, grad_value, grad_decay, grad_initial
+
+
+@_adjoint.register_fake
+def _(query, key, value, log_decay, initial, grad, grad_final, scale):
+    like = [torch.empty(t.shape, dtype=t.dtype, device=t.device)
+            for t in (query, key, value, log_decay)]  # fmt: skip
+    state = (value.shape[0], *key.shape[2:], value.shape[3])
+    return *like, value.new_empty(state, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad, grad_final):
+    query, key, value, log_decay, initial = ctx.saved_tensors
+    grad = torch.zeros_like(value) if grad is None else grad
+    *grads, grad_initial = _adjoint(
+        query, key, value, log_decay, initial, grad, grad_final, ctx.scale
+    )
+    return *grads, None if initial is None else grad_initial.to(initial.dtype), None
+
+
+_forward.register_autograd(_backward, setup_context=_save)
+
+
+def _every_head(x: Tensor, value: Tensor) -> Tensor:
+    """One head spread over those of the values."""
+    one = x.dim() == value.dim() == 4 and x.shape[2] == 1
+    return x.expand(-1, -1, value.shape[2], -1) if one else x
+
+
+def _check(function, query, key, value, log_decay, bonus, initial_state):
+    """Raise on wrong kinds and shapes."""
+    names = {"value": value, "key": key, "query": query, "log_decay": log_decay, "bonus": bonus,
+             "initial_state": initial_state}  # fmt: skip
+    check_kind(function, names)
+    check_tensor(function, "value", value, dict.fromkeys(("batch", "time", "head", "channel")),
+                 "every size is fixed here")  # fmt: skip
+    batch, length, n_head, channels = value.shape
+    n_state = key.shape[-1]
+    sizes = {"batch": batch, "time": length, "head": n_head, "state": n_state}
+    for name in ("key", "query", "log_decay"):
+        check_tensor(function, name, names[name], sizes, "sizes are fixed by value and key")
+    for name in ("key", "query"):
+        if names[name].dtype != value.dtype:
+            raise TypeError(
+                f"dsf_kernels.{function}: {name}: expected {value.dtype}, the type of value, "
+                f"got {names[name].dtype}."
+            )
+    if bonus is not None:
+        sizes = {"head": n_head, "state": n_state}
+        check_tensor(function, "bonus", bonus, sizes, "sizes are fixed by key")
+    if initial_state is not None:
+        sizes = {"batch": batch, "head": n_head, "state": n_state, "channel": channels}
+        check_tensor(function, "initial_state", initial_state, sizes, "fixed by key and value")
+    if min(n_state, channels) < 1:
+        raise ValueError(
+            f"dsf_kernels.{function}: expected state and channel of 1 at least, got "
+            f"state={n_state}, channel={channels}."
+        )
+    gap = diagonal_decay_gap(value.dtype, n_state, channels)
+    if gap:
+        raise NotImplementedError(
+            f'dsf_kernels.{function}: value: {gap}. Use dsf.scan(backend="chunked").'
+        )
+
+
+def diagonal_decay_gap(dtype: torch.dtype, n_state: int, channels: int) -> str:
+    """Why these sizes cannot run: what no GPU has shown right is refused; "" when they can."""
+    most = {torch.bfloat16: MAX_WIDTH, torch.float32: SMALL}.get(dtype, 0)
+    if INTERPRETED or max(n_state, channels) <= most:
+        return ""
+    return (
+        f"expected bfloat16 with state and channel up to {MAX_WIDTH}, or float32 with both up to "
+        f"{SMALL}, got {dtype}, state={n_state}, channel={channels}"
+    )
+
+
+def _run(query, key, value, log_decay, initial, scale):
+    """The operator on widths tested on a GPU: even up to 16, or 128 states and 64, 128 channels.
+
+    Others are filled up with states that are never written or read, and channels of 0.
+    """
+    n_state, channels = key.shape[3], value.shape[3]
+    states, more = n_state % 2, channels % 2
+    if INTERPRETED:
+        states = more = 0
+    elif max(n_state, channels) > SMALL:
+        states = MAX_WIDTH - n_state
+        more = (MAX_WIDTH // 2 if channels <= MAX_WIDTH // 2 else MAX_WIDTH) - channels
+    if states:
+        query, key, log_decay = (pad(t, (0, states)) for t in (query, key, log_decay))
+    value = pad(value, (0, more)) if more else value
+    if initial is not None and (states or more):
+        initial = pad(initial, (0, more, 0, states))
+    output, final = _forward(query, key, value, log_decay, initial, scale)
+    return output[..., :channels], final[:, :, :n_state, :channels]
+
+
+def _before(query, key, value, log_decay, initial, bonus, scale):
+    """Outputs that read the state before the step, y_t = scale C_t (h_{t-1} + diag(w) B_t u_t).
+
+    h_{t-1} is the state of the same recurrence with tokens one place later; the last token is
+    applied, and the bonus added, outside the kernel.
+    """
+    if value.shape[1] == 0:
+        return _run(query, key, value, log_decay, initial, scale)
+    late = [pad(t[:, :-1], (0, 0, 0, 0, 1, 0)) for t in (key, value, log_decay)]
+    output, state = _run(query, *late, initial, scale)
+    direct = (query.float() * bonus.float() * key.float()).sum(3, keepdim=True) * value.float()
+    last = key[:, -1].float()[..., None] * value[:, -1].float()[:, :, None]
+    final = log_decay[:, -1].float().exp()[..., None] * state + last
+    return (output.float() + scale * direct).to(value.dtype), final
+
+
+def diagonal_decay_scan(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    bonus: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Outputs, and the last state, of a matrix state under one decay per state and token.
+
+    h_t = diag(exp(l_t)) h_{t-1} + B_t u_t, y_t = scale C_t h_t, with C = `query`, B = `key`,
+    u = `value`, l = `log_decay` <= 0 (-inf resets exactly), h_0 = `initial_state` (zero when
+    None). `key` None: B_t = 1 - exp(l_t), as -expm1(l_t) rounded to the type of value (MetaLA,
+    HGRN2). With `bonus` w (RWKV-6) the output reads the state before the step:
+    y_t = scale C_t (h_{t-1} + diag(w) B_t u_t).
+
+    Shapes: query, key, log_decay (batch, time, head or 1, state), value (batch, time, head,
+    channel), bonus (head, state), initial_state (batch, head, state, channel); time from 0, any
+    strides (those of bf16 that do not read two states at once are copied);
+    bf16 with state and channel up to 128 (below, beyond 16, they cost as 128 x 64 or 128 x 128),
+    fp32 with both up to 16; one type for query, key, value, any for the others. Returns outputs
+    like value and the final state in float32. Differentiable in all six tensors.
+    Matrix products round their operands to bf16 for bf16, and are exact float32 for fp32;
+    decays, sums and the state are float32.
+    Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor; fp16,
+    or wider than above: not tested on a GPU).
+    Cost: time x (4 N P + 128 (7 N + P)) operations a head forward with chunks of 64; memory
+    beside the outputs: two of query's size and 64 numbers a token and head, in backward two
+    states for 64 tokens too.
+    Source: Yang et al. 2024 (GLA, section 4, chunk form), Peng et al. 2024 (RWKV-6), Chou et al.
+    2024 (MetaLA), Qin et al. 2024 (HGRN2); measured figures in kernels/README.md.
+    """
+    if scale == 0 or not math.isfinite(scale):
+        raise ValueError(
+            "dsf_kernels.diagonal_decay_scan: scale: expected a finite nonzero number, "
+            f"got {scale}."
+        )
+    if key is None:
+        key = -torch.expm1(log_decay.float()).to(value.dtype)
+    query, key, log_decay = (_every_head(t, value) for t in (query, key, log_decay))
+    _check("diagonal_decay_scan", query, key, value, log_decay, bonus, initial_state)
+    given = (query, key, value, log_decay, initial_state)
+    if bonus is None:
+        return _run(*given, float(scale))
+    return _before(*given, bonus, float(scale))
+
+
+def diagonal_decay_summary(key: Tensor, value: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """What a segment does to any state: (total, end) with h_L = diag(exp(total)) h_0 + end.
+
+    total (batch, head, state) = sum of the log decays, end (batch, head, state, channel) = h_L
+    from zero, both float32. Arguments and errors as `diagonal_decay_scan`; no gradient.
+    """
+    key, value, log_decay = key.detach(), value.detach(), log_decay.detach()
+    key, log_decay = _every_head(key, value), _every_head(log_decay, value)
+    _check("diagonal_decay_summary", key, key, value, log_decay, None, None)
+    total = log_decay.sum(1, dtype=torch.float32)
+    return total, _run(key, key, value, log_decay, None, 1.0)[1]
