@@ -1,13 +1,12 @@
 """scalar_decay_scan against its float64 loop: in Triton's interpreter (a child process), on the
 GPU, and compiled ahead of time. Run as a script it prints the interpreter's errors as JSON."""
 
+import functools
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -85,24 +84,42 @@ def cases(lengths, chunk, widths, **sizes):
     return found
 
 
-def measure(case, device="cpu"):
+FORMS = {  # what the launch module's constants are in each form
+    "walk": {"SHORT": 0, "FEW": 0},
+    "short": {"SHORT": 1024, "FEW": 0},
+    "split": {"SHORT": 0, "FEW": 8, "SEGMENT": 1},
+}
+
+
+def measure(case, device="cpu", form="walk", constant=False):
+    """Errors in units, with the rows walked in time, side by side, or split in segments.
+
+    constant: the log decay needs no gradient, which has kernels of its own.
+    """
     from dsf_kernels.reference import error_units, scalar_decay_scan_reference
     from dsf_kernels.scalar_decay_scan import scalar_decay_scan
 
+    launch = importlib.import_module("dsf_kernels.scalar_decay_launch")
     arguments, dtype = case
     moved = {k: v if v is None else v.to(device) for k, v in arguments.items()}
-    return error_units(scalar_decay_scan, scalar_decay_scan_reference, moved, {"log_decay"},
-                       unit=UNIT[dtype], scale=0.5)  # fmt: skip
+    functions = [scalar_decay_scan, scalar_decay_scan_reference]
+    if constant:
+        decay = moved.pop("log_decay")
+        functions = [functools.partial(function, log_decay=decay) for function in functions]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in FORMS[form].items():
+            patch.setattr(launch, name, value)
+        return error_units(*functions, moved, {"log_decay"}, unit=UNIT[dtype], scale=0.5)
 
 
-INTERPRETED = cases((0, 1, 2, 15, 16, 17, 33), 16, [(1, 3), (17, 1), (3, 20)])
+INTERPRETED = cases((0, 1, 2, 16, 17, 33), 16, [(1, 3), (17, 1), (3, 20)])
 ON_GPU = cases((0, 1, 2, 31, 32, 33, 257), 64, [(1, 3), (16, 100), (128, 60), (256, 256)]) | {
-    f"{dtype} length {length}": (
+    f"{dtype} length {length} decay {decay}": (
         tensors(length, 4, 2, 128, 64, dtype, decay, batch=2), dtype,
     )
     for dtype in (torch.bfloat16, torch.float16)
     for length in (63, 64, 65, 509)
-    for decay in ("token", None)
+    for decay in ("token", "head", None)
 } | {
     f"torch.bfloat16 decay {name}": (
         tensors(193, 2, 1, 64, 128, torch.bfloat16, log), torch.bfloat16,
@@ -111,11 +128,24 @@ ON_GPU = cases((0, 1, 2, 31, 32, 33, 257), 64, [(1, 3), (16, 100), (128, 60), (2
 }  # fmt: skip
 
 
+AGAIN = ("length 33", "decay -100 a step", "strided")
+CONSTANT = ("decay of a head",)
+
+
 def interpret():
     """Errors of every interpreted case, the split and the summary, in this process."""
     module = importlib.import_module("dsf_kernels.scalar_decay_scan")
-    module.CHUNK, module.SLAB = 32, 16  # 16 steps a chunk, as products are exact here
-    found = {name: measure(case) for name, case in INTERPRETED.items()}
+    launch = importlib.import_module("dsf_kernels.scalar_decay_launch")
+    launch.CHUNK, launch.SLAB = 32, 16  # 16 steps a chunk, as products are exact here
+    found = {f"{name}, serial": measure(INTERPRETED[name]) for name in AGAIN}
+    module.PARALLEL = (torch.float32, torch.float16, torch.bfloat16)
+    found |= {name: measure(case) for name, case in INTERPRETED.items()}
+    found["constant"] = measure(INTERPRETED["decay bits"], constant=True)
+    for form in ("short", "split"):
+        found |= {f"{name}, {form}": measure(INTERPRETED[name], form=form) for name in AGAIN}
+        found |= {f"{name}, {form}, constant": measure(INTERPRETED[name], form=form, constant=True)
+                  for name in CONSTANT}  # fmt: skip
+    launch.SHORT = 0
     arguments = tensors(21)
     output, final = module.scalar_decay_scan(**arguments)
     parts = [{k: v if k == "initial_state" else v[:, rows] for k, v in arguments.items()}
@@ -143,7 +173,7 @@ def test_interpreted():
     found = json.loads(run.stdout.splitlines()[-1])
     assert found.pop("split")
     assert found.pop("summary") < 1e-5
-    assert set(found) == set(INTERPRETED)
+    assert set(found) > set(INTERPRETED)
     wrong = {name: units for name, units in found.items() if max(units.values()) > LIMIT}
     assert not wrong, wrong
 
@@ -158,55 +188,21 @@ def test_messages():
         scalar_decay_scan(**arguments, scale=0)
 
 
-def resources(built) -> str:
-    """Registers, stack (spills) and shared memory of a compiled kernel, as its assembler says."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        return "not known: this Triton carries no cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    return " ".join(re.findall(r"(?:REG|STACK|SHARED):\d+", run.stdout))
-
-
-@pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_compiles_ahead_of_time(reverse, architecture, record_property):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    module = importlib.import_module("dsf_kernels.scalar_decay_scan")
-    kernel = module.chunk_kernel
-    settings = dict(module._settings(torch.bfloat16, 64))
-    options = {"num_warps": settings.pop("num_warps")}
-    fixed = settings | {
-        "REVERSE": reverse,
-        "WIDTH": 64,
-        "SLAB": 64,
-        "HAS_DECAY": True,
-        "HAS_INITIAL": True,
-    }
-    fixed |= dict.fromkeys(("X_SHARE", "Y_SHARE", "W_SHARE", "E_SHARE"), 1)
-    fixed |= {"STORE": True, "FINAL": not reverse, "DECAY_GRAD": reverse, "FULL": True}
-    fixed |= dict.fromkeys(("x_w", "y_w", "w_w", "e_w", "i_p"), 1)
-    types = dict.fromkeys(("x", "y", "w", "extra", "out", "saved"), "*bf16")
-    types |= dict.fromkeys(("high", "low", "initial", "final", "decay_grad"), "*fp32")
-    types |= {"scale": "fp32", "initial_scale": "fp32"}
-    signature = {
-        name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    record_property("resources", resources(built))
-    assert built.asm["cubin"]
+@CUDA
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ON_GPU)
+def test_gpu_matches_loop(name, form):
+    units = measure(ON_GPU[name], "cuda", form)
+    assert max(units.values()) <= LIMIT, units
 
 
 @CUDA
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ON_GPU)
-def test_gpu_matches_loop(name):
-    units = measure(ON_GPU[name], "cuda")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [name for name in ON_GPU if "decay" in name])
+def test_gpu_matches_loop_under_constant_decays(name, form):
+    units = measure(ON_GPU[name], "cuda", form, constant=True)
     assert max(units.values()) <= LIMIT, units
 
 

@@ -1,83 +1,35 @@
-"""Linear recurrence with a matrix state and one decay per head, in one fused pass over time.
+"""Linear recurrence with a matrix state and one decay per head, in fused passes over time.
 
-One program owns a head and a slab of channels, keeps the state (N, slab) in registers, and walks
-over chunks of 64 tokens: inside a chunk it is a masked matrix product, between chunks a rescale
-and an addition. No state goes to memory. With x, y, w (query, key, value) the kernel gives
+Inside a chunk of 64 tokens it is a masked matrix product, between chunks a rescale and an
+addition to the state (N, channels). With x, y, w (query, key, value) and g the cumulative log
+decay in the chunk, c its last step, one kernel gives
 
     out_i = sum_{j <= i} exp(g_i - g_j) (x_i . y_j) w_j + exp(g_i) x_i h_start        forward
     out_j = sum_{i >= j} exp(g_i - g_j) (x_j . y_i) w_i + exp(g_c - g_j) x_j h_end    reverse
 
-g: cumulative log decay in the chunk, c its last step. All three gradients are the same kernel
-with the roles moved: dq = forward(dy, v, k), dk = reverse(v, dy, q), dv = reverse(k, q, dy).
-The gradient of the log decay is summed from pairs that span a token, never as a difference of
-prefix sums, so it stays exact where decays are strong.
+in one of three forms (scalar_decay_launch.form_of): a walk with the state in registers
+(chunk_kernel), chunks side by side without a state for short rows of few heads
+(scalar_decay_short), segments of a long row of few heads, with a carry between them. The
+gradients are the same kernel with the roles moved, dq = forward(dy, v, k), dk = reverse(v, dy, q),
+dv = reverse(k, q, dy), and no state goes to memory; where the log decay wants a gradient, or heads
+share query and key, they come from the states at the edges of the chunks (scalar_decay_adjoint).
 """
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from dsf_kernels.chunk_kernel import chunk_kernel
-from dsf_kernels.combine import cumulate
-from dsf_kernels.launch import (
-    INTERPRETED,
-    check_kind,
-    check_tensor,
-    narrow,
-    on_device,
-    power_of_two,
-)
+from dsf_kernels.launch import check_kind, check_tensor, on_device
+from dsf_kernels.operators import operator
+from dsf_kernels.scalar_decay_adjoint import adjoint
+from dsf_kernels.scalar_decay_launch import Decays, run, settings_of, walk
+from dsf_kernels.scalar_decay_spanning import spanning_gradients
 
-CHUNK, SLAB = 64, 64
 MAX_WIDTH = 256
-
-
-def _settings(dtype: torch.dtype, width: int) -> dict:
-    """Type and precision of the matrix products, chunk length, warps, pipeline stages."""
-    exact = dtype != torch.bfloat16 or INTERPRETED
-    return {
-        "EXACT": exact,
-        "COMPUTE": tl.float32 if exact else tl.bfloat16,
-        "PRECISION": "tf32" if dtype == torch.float16 else "ieee",
-        "CHUNK": CHUNK // 2 if exact else CHUNK,
-        "STAGES": 1 if exact else 2,
-        "num_warps": 8 if width > 128 or exact else 4,
-    }
-
-
-def _slab(settings: dict, width: int, channels: int, decay_grad: bool) -> int:
-    """Channels a program holds: a state of 8192 numbers fills the registers of four warps."""
-    least = settings["EXACT"] or decay_grad
-    most = SLAB if least else min(2 * SLAB, max(SLAB, 128 * SLAB // width))
-    return min(most, power_of_two(channels, 16))
-
-
-def _launch(x, y, w, out, settings, scale, *, reverse=False, decays=None, extra=None,
-            initial=None, final=None, saved=None, decay_grad=None):  # fmt: skip
-    """Run the kernel: x, y, w as in the file's head; `out` None when only the state counts."""
-    x, y, w, extra = (narrow(t, 1) for t in (x, y, w, x if extra is None else extra))
-    batch, length = w.shape[:2]
-    n_head = max(x.shape[2], y.shape[2], w.shape[2])
-    width, channels = y.shape[3], w.shape[3]
-    wide, slab = power_of_two(width, 16), _slab(settings, width, channels, decay_grad is not None)
-    if decay_grad is not None:  # its extra tile leaves no room for a second stage (measured)
-        settings = settings | {"STAGES": 1}
-    full = length % settings["CHUNK"] == 0 and width == wide and channels % slab == 0
-    high, low = (x, x) if decays is None else decays
-    state_strides = (0, 0, 0, 0) if initial is None else initial.stride()
-    targets = [x if target is None else target for target in (initial, final, saved, decay_grad)]
-    chunk_kernel[(batch * n_head * -(-channels // slab),)](
-        x, y, w, extra, x if out is None else out, high, low, *targets,
-        length, -(-length // settings["CHUNK"]), n_head, width, channels,
-        float(scale), 1.0 / scale if reverse else 1.0,
-        *x.stride(), *y.stride(), *w.stride(), *extra.stride(), *state_strides,
-        X_SHARE=n_head // x.shape[2], Y_SHARE=n_head // y.shape[2], W_SHARE=n_head // w.shape[2],
-        E_SHARE=n_head // extra.shape[2], REVERSE=reverse, HAS_DECAY=decays is not None,
-        HAS_INITIAL=initial is not None, STORE=out is not None, FINAL=final is not None,
-        DECAY_GRAD=decay_grad is not None, FULL=full, WIDTH=wide, SLAB=slab, **settings,
-    )  # fmt: skip
+PARALLEL, MAX_PARALLEL = (torch.bfloat16,), 128  # where chunks in parallel were checked on a GPU
 
 
 def _start(value: Tensor, n_state: int, initial: Tensor | None) -> Tensor:
@@ -86,97 +38,99 @@ def _start(value: Tensor, n_state: int, initial: Tensor | None) -> Tensor:
     return zero if initial is None else zero + initial
 
 
-@torch.library.custom_op("dsf::scalar_decay_scan", mutates_args=())
-def _forward(
+def _run(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, initial: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, length, n_head, channels = value.shape
-    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    out = value.new_empty(value.shape)
     if min(batch, length, n_head, channels) == 0:
         return out, _start(value, key.shape[3], initial)
     final = value.new_empty((batch, n_head, key.shape[3], channels), dtype=torch.float32)
-    settings = _settings(value.dtype, key.shape[3])
+    settings = settings_of(value.dtype, key.shape[3])
     with on_device(value):
-        decays = None if log_decay is None else cumulate(log_decay, settings["CHUNK"])
-        _launch(query, key, value, out, settings, scale, decays=decays, initial=initial,
-                final=final)  # fmt: skip
+        decays = None if log_decay is None else Decays(log_decay, settings.CHUNK)
+        run(query, key, value, out, settings, scale, decays=decays, initial=initial, final=final)
     return out, final
 
 
-@_forward.register_fake
-def _(query, key, value, log_decay, initial, scale):
+def _fake(query, key, value, log_decay, initial, scale):
     shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
-    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    out = value.new_empty(value.shape)
     return out, value.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("dsf::scalar_decay_scan_adjoint", mutates_args=())
-def _adjoint(
+def _run_adjoint(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, initial: Tensor | None,
     grad: Tensor, grad_final: Tensor | None, scale: float, decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, length, n_head, channels = value.shape
-    n_state, device = key.shape[3], value.device
-    grad_value = torch.empty(value.shape, dtype=value.dtype, device=device)
-    grad_initial = value.new_empty((batch, n_head, n_state, channels), dtype=torch.float32)
-    wide = (batch, length, n_head, n_state)
-    grad_query = torch.empty(wide, dtype=query.dtype, device=device)
-    grad_key = torch.empty(wide, dtype=key.dtype, device=device)
-    grad_decay = value.new_zeros((batch, length if decay_grad else 0, n_head), dtype=torch.float32)
+    n_state = key.shape[3]
     if min(batch, length, n_head, channels) == 0:
         zeros = torch.zeros(query.shape).to(query), torch.zeros(key.shape).to(key)
-        return *zeros, grad_value, grad_decay, _start(value, n_state, grad_final)
-    settings = _settings(value.dtype, max(n_state, channels))
-    chunk = settings["CHUNK"]
-    n_chunk = -(-length // chunk)
-    partial = saved = None
-    if decay_grad:
-        n_slab = -(-n_state // _slab(settings, channels, n_state, True))
-        partial = value.new_empty((2, n_slab, batch, n_head, n_chunk * chunk), dtype=torch.float32)
-        kept = torch.float32 if value.dtype == torch.float16 else value.dtype
-        saved = value.new_empty((batch, n_head, n_chunk, channels, n_state), dtype=kept)
-    flipped, flipped_final = (None if t is None else t.mT for t in (initial, grad_final))
+        rows = length if decay_grad else 0
+        grad_decay = value.new_zeros((batch, rows, n_head), dtype=torch.float32)
+        return *zeros, value.new_zeros(value.shape), grad_decay, _start(value, n_state, grad_final)
+    settings = settings_of(value.dtype, max(n_state, channels))
+    shared = min(query.shape[2], key.shape[2]) < n_head
+    parallel = value.dtype in PARALLEL and max(n_state, channels) <= MAX_PARALLEL
     with on_device(value):
-        decays = None if log_decay is None else cumulate(log_decay, chunk)
-        shared = {"decays": decays, "saved": saved}
-        _launch(grad, value, key, grad_query, settings, scale, extra=query, initial=flipped,
-                decay_grad=None if partial is None else partial[0], **shared)  # fmt: skip
-        _launch(value, grad, query, grad_key, settings, scale, extra=key, initial=flipped_final,
-                decay_grad=None if partial is None else partial[1], reverse=True,
-                **shared)  # fmt: skip
-        _launch(key, query, grad, grad_value, settings, scale, decays=decays, initial=grad_final,
-                final=grad_initial, reverse=True)  # fmt: skip
-    if partial is not None:
-        grad_decay = partial.sum((0, 1))[:, :, :length].mT.contiguous()
-    return (
-        _over_groups(grad_query, query), _over_groups(grad_key, key), grad_value, grad_decay,
-        grad_initial,
-    )  # fmt: skip
+        decays = None if log_decay is None else Decays(log_decay, settings.CHUNK)
+        arguments = (query, key, value, decays, initial, grad, grad_final, scale)
+        if decays is not None and parallel and (decay_grad or shared):
+            grads = adjoint(*arguments, settings)
+        else:
+            grads = _serial_adjoint(*arguments, decay_grad, settings)
+    grad_query, grad_key, grad_value, grad_decay, grad_initial = grads
+    grad_query, grad_key = _over_groups(grad_query, query), _over_groups(grad_key, key)
+    if grad_decay is None or not decay_grad:
+        grad_decay = value.new_empty((batch, 0, n_head), dtype=torch.float32)
+    return grad_query, grad_key, grad_value, grad_decay, grad_initial
+
+
+def _serial_adjoint(
+    query, key, value, decays, initial, grad, grad_final, scale, decay_grad, settings
+):
+    """Gradients by the forward kernel, three times: nothing in memory but the results."""
+    batch, length, n_head, channels = value.shape
+    wide = (batch, length, n_head, key.shape[3])
+    grad_decay = None
+    if decay_grad:
+        grad_query, grad_key, grad_decay = spanning_gradients(
+            query, key, value, decays, initial, grad, grad_final, scale, settings
+        )
+    else:
+        grad_query, grad_key = value.new_empty(wide), value.new_empty(wide)
+        flipped, flipped_final = (None if t is None else t.mT for t in (initial, grad_final))
+        run(grad, value, key, grad_query, settings, scale, decays=decays, initial=flipped)
+        run(value, grad, query, grad_key, settings, scale, decays=decays, initial=flipped_final,
+            reverse=True)  # fmt: skip
+    grad_value = value.new_empty(value.shape)
+    grad_initial = value.new_empty((batch, n_head, wide[3], channels), dtype=torch.float32)
+    run(key, query, grad, grad_value, settings, scale, decays=decays, initial=grad_final,
+        final=grad_initial, reverse=True)  # fmt: skip
+    return grad_query, grad_key, grad_value, grad_decay, grad_initial
 
 
 def _over_groups(grad: Tensor, like: Tensor) -> Tensor:
     """Sum of the heads that share a group, in float32, in the type of `like`."""
     if grad.shape == like.shape:
-        return grad
+        return grad.to(like.dtype)
     return grad.unflatten(2, (like.shape[2], -1)).sum(3, dtype=torch.float32).to(like.dtype)
 
 
-@_adjoint.register_fake
-def _(query, key, value, log_decay, initial, grad, grad_final, scale, decay_grad):
+def _fake_adjoint(query, key, value, log_decay, initial, grad, grad_final, scale, decay_grad):
     batch, length, n_head, channels = value.shape
     return (
         torch.empty(query.shape, dtype=query.dtype, device=query.device),
         torch.empty(key.shape, dtype=key.dtype, device=key.device),
-        torch.empty(value.shape, dtype=value.dtype, device=value.device),
+        value.new_empty(value.shape),
         value.new_empty((batch, length if decay_grad else 0, n_head), dtype=torch.float32),
         value.new_empty((batch, n_head, key.shape[3], channels), dtype=torch.float32),
     )
 
 
-def _save(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+_adjoint = operator("scalar_decay_scan_adjoint", _run_adjoint, _fake_adjoint)
 
 
 def _backward(ctx, grad, grad_final):
@@ -184,23 +138,42 @@ def _backward(ctx, grad, grad_final):
     wanted = log_decay is not None and ctx.needs_input_grad[3]
     grad = torch.zeros_like(value) if grad is None else grad
     *grads, grad_decay, grad_initial = _adjoint(
-        query, key, value, log_decay, initial, grad, grad_final, ctx.scale, wanted
+        query, key, value, log_decay, initial, grad, grad_final, ctx.rest[0], wanted
     )
     grad_decay = grad_decay.to(log_decay.dtype) if wanted else None
     return *grads, grad_decay, None if initial is None else grad_initial.to(initial.dtype), None
 
 
-_forward.register_autograd(_backward, setup_context=_save)
+_forward = operator("scalar_decay_scan", _run, _fake, _backward)
+
+
+class _Seen(NamedTuple):
+    """What the checks look at."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 def _checked(function, query, key, value, log_decay, initial_state):
     """Raise on wrong kinds and shapes; the log decay as (batch, time, head)."""
+    tensors = (query, key, value, log_decay, initial_state)
+    seen = (None if t is None else _Seen(t.shape, t.dtype, t.device) for t in tensors)
+    check = _check.__wrapped__ if torch.compiler.is_compiling() else _check
+    check(function, *seen)
+    if log_decay is not None and log_decay.dim() == 1:
+        log_decay = log_decay.expand(value.shape[:3])
+    return log_decay
+
+
+@functools.lru_cache(maxsize=1024)
+def _check(function, query, key, value, log_decay, initial_state):
     names = {"value": value, "query": query, "key": key, "log_decay": log_decay,
              "initial_state": initial_state}  # fmt: skip
     check_kind(function, names)
     check_tensor(function, "value", value, dict.fromkeys(("batch", "time", "head", "channel")), "")
     batch, length, n_head, channels = value.shape
-    n_state = key.shape[-1]
+    n_state = key.shape[-1] if key.shape else 0
     for name in ("key", "query"):
         sizes = {"batch": batch, "time": length, "group": None, "state": n_state}
         check_tensor(function, name, names[name], sizes, "sizes are fixed by value and key")
@@ -223,14 +196,10 @@ def _checked(function, query, key, value, log_decay, initial_state):
     if initial_state is not None:
         sizes = {"batch": batch, "head": n_head, "state": n_state, "channel": channels}
         check_tensor(function, "initial_state", initial_state, sizes, "fixed by key and value")
-    if log_decay is None or log_decay.dim() == 3:
-        sizes = {"batch": batch, "time": length, "head": n_head}
-    else:
-        sizes = {"head": n_head}
     if log_decay is not None:
+        sizes = {"batch": batch, "time": length, "head": n_head}
+        sizes = {"head": n_head} if len(log_decay.shape) == 1 else sizes
         check_tensor(function, "log_decay", log_decay, sizes, "sizes are fixed by value")
-        log_decay = log_decay.expand(batch, length, n_head)
-    return log_decay
 
 
 def scalar_decay_scan(
@@ -258,7 +227,10 @@ def scalar_decay_scan(
     float32 for fp32; sums and the state are float32.
     Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor).
     Cost: time x (4 N P + 128 (N + P)) operations a head forward, three times that backward; no
-    state in memory, unless log_decay needs a gradient (N P numbers per 64 steps in backward).
+    state in memory, unless log_decay needs a gradient or heads share query and key (2 N P numbers
+    per 64 steps and head in backward). A row of few heads is computed in another order than one
+    of many: a sequence cut in two gives the same result within rounding, and bit for bit only
+    where both parts are walked (scalar_decay_launch).
     Source: Dao and Gu 2024 (state space duality, section 6), Yang et al. 2024 (chunk form);
     measured figures in kernels/README.md.
     """
@@ -287,8 +259,8 @@ def scalar_decay_summary(
         total = log_decay.sum(1, dtype=torch.float32)
     end = _start(value, key.shape[3], None)
     if end.numel() and length:
-        settings = _settings(value.dtype, key.shape[3])
+        settings = settings_of(value.dtype, key.shape[3])
         with on_device(value):
-            decays = None if log_decay is None else cumulate(log_decay, settings["CHUNK"])
-            _launch(key, key, value, None, settings, 1.0, decays=decays, final=end)
+            decays = None if log_decay is None else Decays(log_decay, settings.CHUNK)
+            walk(key, key, value, None, settings, 1.0, decays=decays, final=end)
     return total, end

@@ -1,0 +1,116 @@
+"""The kernels of scalar_decay_scan compiled ahead of time: they build, and what they use."""
+
+import importlib
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+SMALL = {"WIDTH": 64, "HAS_DECAY": True, "FIXED": False, "FULL": True}
+WALK = SMALL | {"SLAB": 64, "HAS_INITIAL": True, "STORE": True, "FINAL": True}
+WALK |= dict.fromkeys(("X_SHARE", "Y_SHARE", "W_SHARE"), 1)
+SHARED = {"WIDTH": 64, "FULL": True, "Q_SHARE": 2, "K_SHARE": 2}
+BUILDS = {  # module, kernel, constants
+    "walk": ("chunk_kernel", "chunk_kernel", WALK | {"REVERSE": False}),
+    "walk back": ("chunk_kernel", "chunk_kernel", WALK | {"REVERSE": True}),
+    "short": ("scalar_decay_short", "short_kernel", WALK | {"REVERSE": False}),
+    "states": ("scalar_decay_states", "states_kernel",
+               SHARED | {"SLAB": 64, "HAS_INITIAL": True, "HAS_FINAL": False}),
+    "gradients": ("scalar_decay_adjoint", "gradient_kernel",
+                  SHARED | {"CHANNELS": 64, "N_SLAB": 64, "P_SLAB": 64, "HEADS": 2}),
+}  # fmt: skip
+FLOATS = ("high", "low", "initial", "final", "grad_initial", "grad_final", "dl")
+TENSORS = ("x", "y", "w", "out", "q", "k", "v", "dy", "states", "grads", "dq", "dk", "dv")
+CONTIGUOUS = ("x_w", "y_w", "w_w", "q_w", "k_w", "v_w", "i_p", "f_p")
+
+
+def resources(built) -> str:
+    """Registers, stack (spills) and shared memory of a compiled kernel, as its assembler says."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return "not known: this Triton carries no cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+    return " ".join(re.findall(r"(?:REG|STACK|SHARED):\d+", run.stdout))
+
+
+def build(name: str, architecture: int):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, kernel, constants = BUILDS[name]
+    kernel = getattr(importlib.import_module(f"dsf_kernels.{module}"), kernel)
+    launch = importlib.import_module("dsf_kernels.scalar_decay_launch")
+    settings = launch.settings_of(torch.bfloat16, 64)._asdict()
+    options = {"num_warps": settings.pop("num_warps")}
+    fixed = settings | constants | dict.fromkeys(CONTIGUOUS, 1)
+    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
+    types = dict.fromkeys(TENSORS, "*bf16") | dict.fromkeys(FLOATS, "*fp32")
+    types |= {"scale": "fp32", "initial_scale": "fp32"}
+    signature = {
+        name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def overtaken(code: str) -> tuple[int, list[str]]:
+    """Asynchronous copies in the loops of a kernel, and those that may come too soon.
+
+    Triton 3.6 gives some tiles one buffer and issues the next copy into it while an asynchronous
+    product may still read it: results then differ from run to run.
+    """
+    lines = code.splitlines()
+    copies, wrong = 0, []
+    for n, line in enumerate(lines):
+        if "scf.for" not in line:
+            continue
+        indent = " " * (len(line) - len(line.lstrip()))
+        end = next(k for k in range(n + 1, len(lines)) if lines[k].startswith(indent + "}"))
+        if any("scf.for" in inner for inner in lines[n + 1 : end]):
+            continue
+        buffers, source, reading = {}, {}, []
+        for place, inner in enumerate(lines[:end]):
+            name = inner.split(" = ")[0].strip()
+            if found := re.search(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x", inner):
+                buffers[name], _ = int(found[1]), source.pop(name, None)
+            elif found := re.search(r"ttg.memdesc_\w+ (%[\w.#]+)", inner):
+                source[name] = source.get(found[1], found[1])
+            if place <= n:
+                continue
+            if found := re.search(r"warp_group_dot (%[\w.#]+), (%[\w.#]+),", inner):
+                reading.append({source.get(v, v) for v in found.groups()})
+            elif found := re.search(r"warp_group_dot_wait .*pendings = (\d+)", inner):
+                reading = reading[len(reading) - int(found[1]) :]
+            elif found := re.search(r"async_copy_global_to_local \S+ (%[\w.#]+)", inner):
+                tile = source.get(found[1], found[1])
+                copies += 1
+                if buffers.get(tile) == 1 and any(tile in tiles for tiles in reading):
+                    wrong.append(inner.strip())
+    return copies, wrong
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "walk back" else ()) for n in BUILDS]
+)
+def test_builds_for_hopper(name, record_property):
+    built = build(name, 90)
+    record_property("resources", resources(built))
+    assert built.asm["cubin"]
+    copies, wrong = overtaken(built.asm["ttgir"])
+    assert copies
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILDS)
+def test_builds_for_ampere(name, record_property):
+    built = build(name, 80)
+    record_property("resources", resources(built))
+    assert built.asm["cubin"]
