@@ -34,8 +34,10 @@ CHUNK = 64
 """Steps of a chunk, by measurement (docs/scan_speed.md)."""
 CHUNK_SHORT = 32
 """The same where long chunks cost more: scalar decays, complex ones, delta rules."""
-PIECE = 2**19
+PIECE = 2**18
 """Numbers of one coefficient that are worked on at a time, so that they stay in the cache."""
+PIECE_LONG = 2**19
+"""The same for diagonal decays, whose many small products cost a call each."""
 FULL_STEP = 2**13
 """Numbers in one step of all heads from which the plain loop is as fast as anything."""
 FEW_STATES = 16
@@ -92,7 +94,7 @@ def scan_diagonal(
         return y.unflatten(1, (-1, size)), last
 
     default = CHUNK_SHORT if A.is_complex else CHUNK
-    parts = _halving(chunk or default, B, values)
+    parts = _halving(chunk or default, B, values, PIECE_LONG)
     return guarded(form, parts, A, B, C, values, state)
 
 
@@ -122,14 +124,16 @@ def scan_diagonal_low_rank(
     return guarded(form, parts, A, B, C, values, state)
 
 
-def _halving(chunk: int, B: Tensor, values: Tensor) -> list[tuple[int, int]]:
+def _halving(
+    chunk: int, B: Tensor, values: Tensor, numbers: int | None = None
+) -> list[tuple[int, int]]:
     power = 1 << (chunk.bit_length() - 1)
-    return pieces(values.shape[1], power, _piece(B, values), halving=True)
+    return pieces(values.shape[1], power, _piece(B, values, numbers), halving=True)
 
 
-def _piece(B: Tensor, values: Tensor) -> int:
-    """Steps of all heads that hold PIECE numbers; all of them where there is no such cache."""
+def _piece(B: Tensor, values: Tensor, numbers: int | None = None) -> int:
+    """Steps of all heads that hold PIECE (or `numbers`) numbers; on other devices all of them."""
     if values.device.type != "cpu" or is_traced():
         return max(1, values.shape[1])
     batch, _, head = values.shape[:3]
-    return max(1, PIECE // max(1, batch * head * max(B.shape[-2], values.shape[-1])))
+    return max(1, (numbers or PIECE) // max(1, batch * head * max(B.shape[-2], values.shape[-1])))
