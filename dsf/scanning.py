@@ -14,8 +14,8 @@ from dsf.mixing_rows import MixingRows, Part
 from dsf.recurrence import Recurrence
 from dsf.shapes import Inexact
 from dsf.transitions import Transition
-from dsf.transitions._base import mm, real_dtype, time_steps
-from dsf.validation import check_run, check_values
+from dsf.transitions._base import is_traced, mm, real_dtype, time_steps
+from dsf.validation import check_run, check_values, run_checked
 from dsf.wrappers import Anticausal, Bidirectional, Gated, System, is_cache
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
@@ -92,7 +92,10 @@ def scan(
     """
     run = _Run("dsf.scan", backend, chunk)
     run.check(system, values, allow_nonfinite)
-    y, state = _scan(run, system, values)
+    if not (allow_nonfinite or is_traced()):
+        y, state = run_checked(_scan, run, system, values)
+    else:
+        y, state = _scan(run, system, values)
     return (y, state) if return_state else y
 
 

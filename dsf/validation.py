@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import torch
@@ -41,6 +43,20 @@ def check_system(function: str, system: System, *, allow_nonfinite: bool = False
         return  # a trace cannot look at numbers
     for r in recurrences(system):
         check_recurrence(r, allow_nonfinite=allow_nonfinite or is_traced(), function=function)
+
+
+CHECKED: ContextVar[bool] = ContextVar("checked", default=False)
+"""Whether `check_run` has found every number of this call finite: nobody has to look again."""
+
+
+def run_checked(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args) after a full check, and so with CHECKED."""
+
+    def call() -> Any:
+        CHECKED.set(True)
+        return function(*args)
+
+    return copy_context().run(call)
 
 
 def check_run(function: str, system: System, values: Tensor, *, allow_nonfinite: bool) -> None:

@@ -88,16 +88,17 @@ class DiagonalDecay:
         right = numbers(parts, real).unsqueeze(-2)  # D(m, i), (..., blocks, s, state)
         left = None  # D(j, m); None for ones
         self.levels: list[tuple[Tensor, Tensor | None]] = []
-        size = 1
+        size, summed = 1, 1  # parts: sums over blocks of `summed` steps
         while size < chunk:
             self.levels.append((odd(right), None if left is None else even(left)))
             whole = right[..., -1:, :]
             if size >= EXACT:  # not a product of `size` rounded numbers
-                whole = numbers(block_parts(parts, size), real).unsqueeze(-2)
+                parts, summed = block_parts(parts, size // summed), size
+                whole = numbers(parts, real).unsqueeze(-2)
             right, left = _grow(right, left, whole)
             size *= 2
         self.start, self.end = right.squeeze(-3), None if left is None else left.squeeze(-3)
-        self.whole = block_parts(parts, chunk)
+        self.whole = block_parts(parts, chunk // summed)
 
     def scores(self, Q: Tensor, K: Tensor) -> Tensor:
         """sum_n Q_in D_n(j, i) K_jn for j <= i, else 0."""
@@ -227,7 +228,10 @@ def _grow(right: Tensor, left: Tensor | None, whole: Tensor) -> tuple[Tensor, Te
 
 def assemble(S: Tensor, cross: Tensor) -> Tensor:
     """[[S_left, 0], [cross, S_right]]."""
-    lead = cross.shape[:-2]
-    top = pad(even(S).expand(*lead, *S.shape[-2:]), (0, cross.shape[-1]))
-    low = torch.cat([cross, odd(S).expand(*lead, *S.shape[-2:])], -1)
-    return torch.cat([top, low], -2)
+    size = cross.shape[-1]
+    whole = cross.new_zeros(*cross.shape[:-2], 2 * cross.shape[-2], 2 * size)
+    n_row = cross.shape[-2]
+    whole[..., :n_row, :size] = even(S)
+    whole[..., n_row:, :size] = cross
+    whole[..., n_row:, size:] = odd(S)
+    return whole
