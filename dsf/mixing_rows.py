@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ _BLOCK_ENTRIES = 2**22
 """How many weights are held at once while rows are mixed block by block."""
 
 
-class MixingRows:
+class MixingRows(abc.ABC):
     """C whose row t is row t of an attention map, computed when asked for, tile by tile.
 
     With A = I and B = OneHot the system's map is the causal part of these rows. A subclass gives
@@ -38,13 +39,13 @@ class MixingRows:
         """5, as C."""
         return 5
 
+    @abc.abstractmethod
     def tile(self, queries: slice, keys: slice) -> Inexact[Tensor, "batch head query key"]:
         """Weights (batch, head, query, key) of some rows and columns, nothing else computed."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def time_slice(self, start: int, stop: int) -> MixingRows:
         """The rows of steps start..stop-1."""
-        raise NotImplementedError
 
     def shape_faults(self) -> list[str]:
         """What does not fit, one sentence each; empty if all is well."""

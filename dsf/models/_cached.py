@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any, NamedTuple
 
 import torch
@@ -75,13 +76,13 @@ class CachedMixer(SequenceMixer):
         """What rows need of the tokens as keys: (batch, time, ...) each, the key first."""
         return (split_heads(self.key(x), self.n_group),)
 
-    def rows(self, query: Tensor, seen: tuple[Tensor, ...], start: int) -> MixingRows:
-        """The rows of queries at positions start, start + 1, ... over all keys seen."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def rows(self, x: Tensor, query: Tensor, seen: tuple[Tensor, ...], start: int) -> MixingRows:
+        """The rows of tokens x, their queries at start, start + 1, ..., over all keys seen."""
 
     def recurrence(self, x: Tensor) -> tuple[Recurrence, Tensor]:
         """The cache system and the values (batch, time, head, channel)."""
-        rows = self.rows(split_heads(self.query(x), self.n_head), self.seen(x), 0)
+        rows = self.rows(x, split_heads(self.query(x), self.n_head), self.seen(x), 0)
         values = split_heads(self.value(x), self.n_group)
         return cache_recurrence(self.system, rows), share_groups(values, self.n_head)
 
@@ -96,6 +97,6 @@ class CachedMixer(SequenceMixer):
         if state is not None:
             value = torch.cat([state.value, value], dim=1)
             seen = tuple(torch.cat(p, dim=1) for p in zip(state.seen, seen, strict=True))
-        rows = self.rows(split_heads(self.query(x), self.n_head), seen, value.shape[1] - 1)
+        rows = self.rows(x, split_heads(self.query(x), self.n_head), seen, value.shape[1] - 1)
         y = rows.mix_part(share_groups(value, self.n_head).transpose(1, 2), "full", 0)
         return self.readout(y.transpose(1, 2), x)[:, 0], CacheState(value, seen)

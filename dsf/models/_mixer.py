@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from dsf.scanning import scan
 from dsf.wrappers import System, core, is_cache
 
 
-class SequenceMixer(nn.Module):
+class SequenceMixer(nn.Module, abc.ABC):
     """A sequence-mixing layer (batch, time, width) -> (batch, time, width).
 
     `forward(x)` is the layer as published, `recurrence(x)` the exact system it applies to its
@@ -51,18 +52,21 @@ class SequenceMixer(nn.Module):
             "exact": {"exact": "yes"}.get(r.mode, r.mode.removeprefix("exact_").replace("_", " ")),
         }  # fmt: skip
 
+    @abc.abstractmethod
     def recurrence(self, x: Tensor) -> tuple[System, Tensor]:
         """The system for this input, and the values u it is driven by."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def readout(self, y: Tensor, x: Tensor) -> Tensor:
         """The layer's output from the scan's: gates, norms, output projection."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, (batch, time, width)."""
         return self.readout(scan(*self.recurrence(x)), x)
 
+    @abc.abstractmethod
     def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """One token x_t (batch, width) and the state so far (None at the start)."""
-        raise NotImplementedError
+        """One token x_t (batch, width) and the state so far (None at the start).
+
+        A layer that looks ahead raises DsfUnsupportedError.
+        """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,13 +51,13 @@ class WindowedMixer(SequenceMixer):
     n_past: int = 0
     is_divided: bool = False
 
+    @abc.abstractmethod
     def core(self, x: Tensor, start: int = 0) -> tuple[Recurrence, Tensor]:
         """The undivided system of consecutive tokens x, the first at `start`, and its values."""
-        raise NotImplementedError
 
     def divisor(self, sums: Tensor) -> Tensor:
-        """What a row is divided by, from its sum."""
-        raise NotImplementedError
+        """What a row is divided by, from its sum: the sum itself unless a subclass says more."""
+        return sums
 
     def recurrence(self, x: Tensor) -> tuple[Recurrence, Tensor]:
         """The system for this input, and the values (batch, time, head, channel)."""

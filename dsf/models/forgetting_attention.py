@@ -137,7 +137,7 @@ class ForgettingAttention(CachedMixer):
         """Keys and log forget gates."""
         return (*super().seen(x), functional.logsigmoid(self.forget(x)))
 
-    def rows(self, query: Tensor, seen: tuple[Tensor, ...], start: int) -> MixingRows:
+    def rows(self, x: Tensor, query: Tensor, seen: tuple[Tensor, ...], start: int) -> MixingRows:
         """Fading softmax rows."""
         key, log_decay = seen
         return ForgettingRows(SoftmaxRows(query, key, query_start=start), log_decay)

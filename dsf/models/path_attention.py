@@ -237,7 +237,7 @@ class PathAttention(CachedMixer):
         own = (*super().seen(x), w, 2 * torch.sigmoid(self.strength(x)))
         return own if self.forget is None else (*own, functional.logsigmoid(self.forget(x)))
 
-    def rows(self, query: Tensor, seen: tuple[Tensor, ...], start: int) -> MixingRows:
+    def rows(self, x: Tensor, query: Tensor, seen: tuple[Tensor, ...], start: int) -> MixingRows:
         """Softmax rows through the reflections."""
         key, w, beta, *gate = seen
         return PathRows(query, key, w, beta, gate[0] if gate else None, query_start=start)

@@ -96,10 +96,6 @@ class Rwkv4(WindowedMixer):
         )
         return system, self._mixed("value", x)[..., None]
 
-    def divisor(self, sums: Tensor) -> Tensor:
-        """The sum itself."""
-        return sums
-
     def readout(self, y: Tensor, x: Tensor) -> Tensor:
         """Receptance gate and output projection; y (batch, time, channel, 1)."""
         return self.output(torch.sigmoid(self._mixed("receptance", x)) * y[..., 0])

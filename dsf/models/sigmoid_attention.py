@@ -118,7 +118,7 @@ class SigmoidAttention(CachedMixer):
         """Four heads, made for 64 tokens."""
         return cls(width, 4, context=64)
 
-    def rows(self, query: Tensor, seen: tuple[Tensor, ...], start: int) -> MixingRows:
+    def rows(self, x: Tensor, query: Tensor, seen: tuple[Tensor, ...], start: int) -> MixingRows:
         """Sigmoid rows."""
         bias = query.new_full((1, 1, 1, 1), self.offset)
         return SigmoidRows(SoftmaxRows(query, seen[0], bias, query_start=start))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsf.errors import DsfShapeError, DsfUnsupportedError
 from dsf.factors import SoftmaxRows
 from dsf.models._cached import CachedMixer, CacheState, ScoredRows, cache_recurrence
-from dsf.models._heads import check_query_key, merge_heads, share_groups, split_heads
+from dsf.models._heads import check_query_key
 from dsf.shapes import Bool, Float, Inexact
 from dsf.transitions._base import register
 from dsf.wrappers import Bidirectional, System
@@ -140,30 +140,23 @@ class ZerosSoftmax(CachedMixer):
         first, higher, *zero = logits.unbind(-1)
         return [torch.sigmoid(first), torch.sigmoid(higher), *map(torch.tanh, zero)]
 
+    def rows(self, x: Tensor, query: Tensor, seen: tuple[Tensor, ...], start: int) -> ZeroSumRows:
+        """The softmax logits of these queries, reweighted by the gates of their tokens."""
+        scores = SoftmaxRows(query, seen[0], causal=self.is_causal, query_start=start)
+        return ZeroSumRows(scores, *self.gates(x))
+
     def recurrence(self, x: Tensor) -> tuple[System, Tensor]:
         """The cache system and the values (batch, time, head, channel)."""
-        system = zeros_softmax_recurrence(
-            split_heads(self.query(x), self.n_head), *self.seen(x), *self.gates(x),
-            causal=self.is_causal,
-        )  # fmt: skip
-        return system, share_groups(split_heads(self.value(x), self.n_group), self.n_head)
+        r, values = super().recurrence(x)
+        return r if self.is_causal else Bidirectional.from_rows(r), values
 
-    def step(self, x_t: Tensor, state: CacheState | None = None) -> tuple[Tensor, CacheState]:
+    def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, CacheState]:
         """One token against the cache. Raises DsfUnsupportedError for a layer that looks ahead."""
         if not self.is_causal:
             raise DsfUnsupportedError(
                 "dsf.ZerosSoftmax.step: causal: expected a causal layer, got causal=False."
             )
-        x = x_t[:, None]
-        key, value = self.seen(x)[0], split_heads(self.value(x), self.n_group)
-        if state is not None:
-            key, value = torch.cat([state.seen[0], key], 1), torch.cat([state.value, value], 1)
-        scores = SoftmaxRows(
-            split_heads(self.query(x), self.n_head), key, query_start=key.shape[1] - 1
-        )
-        rows = ZeroSumRows(scores, *self.gates(x))
-        y = rows.mix(share_groups(value, self.n_head).transpose(1, 2)).transpose(1, 2)
-        return self.out(merge_heads(y))[:, 0], CacheState(value, (key,))
+        return super().step(x_t, state)
 
 
 LAYER = ZerosSoftmax

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dsf.errors import DsfShapeError, DsfUnsupportedError
 from dsf.shapes import Inexact, broadcast_shapes
 
 Class = TypeVar("Class", bound=type)
@@ -95,7 +97,7 @@ def time_steps(x: Tensor, length: int) -> Sequence[Tensor]:
     return x.unbind(1) if x.shape[1] != 1 else [x[:, 0]] * length
 
 
-class Transition:
+class Transition(abc.ABC):
     """A_t of one recurrence for every batch, time and head: leading axes first, then its own.
 
     Subclasses are frozen dataclasses whose tensors start with (batch, time, head); sizes 1 of
@@ -109,29 +111,29 @@ class Transition:
     generality: ClassVar[int] = 3
     n_state: int
 
+    @abc.abstractmethod
     def apply(
         self, state: Inexact[Tensor, "*lead state channel"]
     ) -> Inexact[Tensor, "*all state channel"]:
         """A h for `state` (..., state, channel)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def apply_transposed(
         self, state: Inexact[Tensor, "*lead state channel"]
     ) -> Inexact[Tensor, "*all state channel"]:
         """A^T h (no conjugation): what the adjoint and output rows need."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def compose(self: Own, earlier: Own) -> Transition:
         """The product A_self A_earlier of two transitions of this type."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def widen(self) -> Transition:
         """The same matrix in the next more general structure; Dense widens to itself."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def as_dense(self) -> Inexact[Tensor, "*lead state state"]:
         """The matrix, (..., state, state), written without `apply`: the truth of the laws."""
-        raise NotImplementedError
 
     def scan_chunked(
         self, B: Any, C: Any, values: Tensor, state: Tensor, chunk: int | None = None
@@ -147,13 +149,11 @@ class Transition:
 
     def scan_triton(self, B: Any, C: Any, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """The same by a kernel, where `triton_gap` is empty: one input, one output."""
-        raise NotImplementedError
+        raise DsfUnsupportedError(f"dsf.scan: {self.triton_gap(values.shape[-1], values.dtype)}.")
 
     def after(self, earlier: Transition) -> Transition:
         """The product A_self A_earlier of any two structures, widened until the types meet."""
         if self.n_state != earlier.n_state:
-            from dsf.errors import DsfShapeError
-
             raise DsfShapeError(
                 f"dsf.Transition.after: earlier: expected state={self.n_state}, got "
                 f"{earlier.n_state}; state is fixed by the later transition."
