@@ -63,6 +63,28 @@ def clean_attrs(attrs: Mapping[str, Any]) -> dict[str, Any]:
     return clean
 
 
+def map_coords(
+    function: str, length: int, queries: range | None, keys: range, tokens: Sequence[str] | None
+) -> dict[str, Any]:
+    """Coordinates of a map's rows (None: it has none) and columns: positions, and their texts.
+
+    Raises DsfShapeError, in the name of `function`, unless there is one text for each of the
+    `length` positions.
+    """
+    if tokens is not None and len(tokens) != length:
+        raise DsfShapeError(
+            f"{function}: tokens: expected {length} texts, got {len(tokens)}; the length is "
+            f"fixed by the recurrence."
+        )
+    coords: dict[str, Any] = {}
+    for name, positions in (("query", queries), ("key", keys)):
+        if positions is not None:
+            coords[name] = (name, list(positions))
+            if tokens is not None:
+                coords[f"{name}_token"] = (name, [str(tokens[t]) for t in positions])
+    return coords
+
+
 def to_xarray(
     values: Tensor | np.ndarray,
     dims: Sequence[str],

@@ -20,11 +20,11 @@ def which_backend(system: System, values: Tensor) -> str:
     found = []
     for r in recurrences(system):
         u = check_values("dsf.which_backend", r, values)
-        gap = kernel_gap(r, u)
         if is_cache(r):
             found.append("fused attention" if isinstance(r.C, SoftmaxRows) else "rows of the map")
         elif u.shape[1] == 1:
             found.append("one step of the loop")
         else:
+            gap = kernel_gap(r, u)
             found.append(f"chunked ({gap})" if gap else "triton")
     return " + ".join(dict.fromkeys(found))

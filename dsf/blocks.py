@@ -23,7 +23,7 @@ from dsf._frozen_layers import (
     the_input,
     without_start,
 )
-from dsf.axes import to_xarray
+from dsf.axes import map_coords, to_xarray
 from dsf.derivatives import Derivative, parameters_constant
 from dsf.errors import DsfFidelityError, DsfShapeError
 from dsf.maps import Rows, spans, system_attrs
@@ -186,14 +186,7 @@ class Block:
     ) -> xr.DataArray:
         length = self.input.shape[1]
         rows, cols = spans("dsf.Block", queries, keys, length)
-        coords: dict[str, Any] = {"query": ("query", list(rows)), "key": ("key", list(cols))}
-        if tokens is not None:
-            if len(tokens) != length:
-                raise DsfShapeError(
-                    f"dsf.Block: tokens: expected {length} texts, got {len(tokens)}."
-                )
-            coords["query_token"] = ("query", [str(tokens[t]) for t in rows])
-            coords["key_token"] = ("key", [str(tokens[t]) for t in cols])
+        coords = map_coords("dsf.Block", length, rows, cols, tokens)
         dims = ("batch", "head", "query", "key") if found.ndim == 4 else ("batch", "query", "key")
         return to_xarray(
             found, dims, name="block_map", coords=coords,

@@ -59,8 +59,8 @@ class CoefficientDynamics:
         """x_t of one past token (0-based) at every step, zero before it is written."""
         written = self.injection * self.key
         length = self.query.shape[1]
-        lead = (self.collapsed().lead_shape()[0], self.collapsed().lead_shape()[2])
-        x = written[:, token].expand(*lead, -1)[..., None]
+        batch, _, head = self.collapsed().lead_shape()
+        x = written[:, token].expand(batch, head, -1)[..., None]
         states = [torch.zeros_like(x)] * token + [x]
         for A in self.A.steps(length)[token + 1 :]:
             states.append(A.apply(states[-1]))

@@ -9,8 +9,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from dsf.axes import to_xarray
-from dsf.errors import DsfShapeError, DsfTypeError, DsfValueError
+from dsf.axes import map_coords, to_xarray
+from dsf.errors import DsfTypeError, DsfValueError
 from dsf.memory import require_memory
 from dsf.mixing_rows import MixingRows, Part
 from dsf.recurrence import Recurrence
@@ -79,19 +79,11 @@ def attention_map(
     """
     check_system("dsf.attention_map", system, allow_nonfinite=True)
     total = _length(system, length)
-    if tokens is not None and len(tokens) != total:
-        raise DsfShapeError(
-            f"dsf.attention_map: tokens: expected {total} texts, got {len(tokens)}; the length is "
-            f"fixed by the recurrence."
-        )
+    rows, cols = spans("dsf.materialise", queries, keys, total)
+    coords = map_coords("dsf.attention_map", total, rows, cols, tokens)
     values = materialise(
         system, queries, keys, length=length, backend=backend, max_memory=max_memory)  # fmt: skip
-    rows, cols = spans("dsf.materialise", queries, keys, total)
     axes, _, _ = _result_shape(system, rows, cols)
-    coords: dict[str, Any] = {"query": ("query", list(rows)), "key": ("key", list(cols))}
-    if tokens is not None:
-        coords["query_token"] = ("query", [str(tokens[i]) for i in rows])
-        coords["key_token"] = ("key", [str(tokens[i]) for i in cols])
     labels = {"units": "1", "long_name": "implied attention weight"}
     return to_xarray(
         values, axes, name="attention_map", coords=coords,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsf._block_factors import require_probes
 from dsf._stacks import replay
-from dsf.axes import to_xarray
+from dsf.axes import map_coords, to_xarray
 from dsf.derivatives import Derivative
 from dsf.errors import DsfFidelityError, DsfShapeError, DsfValueError
 from dsf.maps import Rows, span, system_attrs
@@ -215,15 +215,7 @@ class Rollout:
         tokens: Sequence[str] | None, how: str, **attrs: Any,
     ) -> xr.DataArray:  # fmt: skip
         length = self.input.shape[1]
-        if tokens is not None and len(tokens) != length:
-            raise DsfShapeError(
-                f"dsf.Rollout: tokens: expected {length} texts, got {len(tokens)}."
-            )
-        coords: dict[str, Any] = {} if rows is None else {"query": ("query", list(rows))}
-        if tokens is not None:
-            coords["key_token"] = ("key", [str(t) for t in tokens])
-            if rows is not None:
-                coords["query_token"] = ("query", [str(tokens[t]) for t in rows])
+        coords = map_coords("dsf.Rollout", length, rows, range(length), tokens)
         return to_xarray(
             found, dims, name="rollout", coords=coords,
             attrs={**self.attrs, "reduction": how, "error": self.error, "mlp": self.mlp, **attrs},

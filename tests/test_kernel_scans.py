@@ -6,11 +6,8 @@ Run as a script it prints the interpreter's errors as JSON.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import kernel_laws
 import pytest
 import torch
 
@@ -18,8 +15,6 @@ import dsf
 from dsf.transitions import Diagonal, Identity, Scalar, Transition
 
 pytest.importorskip("triton", reason="triton is not installed")
-KERNELS = Path(__file__).parents[1] / "kernels"
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 EXACT, SIXTEEN = 2e-6, 2e-2
 """Largest difference from the float64 loop over the largest output: float32, bfloat16."""
 BATCH, HEAD, N = 2, 2, 3
@@ -85,19 +80,13 @@ def difference(system, values) -> float:
 
 
 def test_interpreted():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(KERNELS)
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True,
-                         env=environment, timeout=600)  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = kernel_laws.run_interpreted(__file__)
     assert {"identity 5", "both ways 5", "scalar 0"} <= set(found)
     wrong = {name: error for name, error in found.items() if not error <= EXACT}
     assert not wrong, wrong
 
 
-@pytest.mark.gpu
-@CUDA
+@kernel_laws.on_gpu
 @pytest.mark.parametrize("length", [0, 1, 63, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", list(systems(2)))

@@ -5,40 +5,15 @@ Errors are in units of round-off times the size of a row, over the condition of 
 
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
+import kernel_laws
 import pytest
 import torch
+from kernel_laws import UNIT
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-KERNELS = Path(__file__).parents[1] / "kernels"
+pytest.importorskip("triton", reason="triton is not installed")
 LIMIT = 64.0  # units, times the condition of the solve
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-
-
-def log_decay_families(length: int) -> dict[str, torch.Tensor]:
-    """The decay families of the house rules that a positive decay can hold, as logs (length,)."""
-    step = torch.arange(length)
-    generator = torch.Generator().manual_seed(7)
-    decays = {
-        "one": torch.ones(length),
-        "near one": torch.full((length,), 1 - 1e-6),
-        "half": torch.full((length,), 0.5),
-        "1e-30": torch.full((length,), 1e-30),
-        "zero": torch.zeros(length),
-        "bits": torch.randint(0, 2, (length,), generator=generator).float(),
-        "one and 1e-20": torch.where(step % 2 == 0, 1.0, 1e-20),
-        "drops": torch.where(step % 5 == 3, 1e-12, 0.99),
-    }
-    return {name: decay.log() for name, decay in decays.items()} | {
-        "-100 a step": torch.full((length,), -100.0)
-    }
 
 
 def tensors(length, head=2, group=2, state=4, channel=4, dtype=torch.float32, decay="token",
@@ -53,7 +28,7 @@ def tensors(length, head=2, group=2, state=4, channel=4, dtype=torch.float32, de
         key = torch.nn.functional.normalize(key, dim=-1)
     log_decay = None
     if isinstance(decay, torch.Tensor):
-        log_decay = decay[None, :, None].expand(batch, length, head)
+        log_decay = decay[None].expand(batch, length, head)
     elif decay == "token":
         log_decay = -0.3 * draw(batch, length, head).abs()
     write = torch.rand(batch, length, head, generator=generator)
@@ -72,7 +47,7 @@ def tensors(length, head=2, group=2, state=4, channel=4, dtype=torch.float32, de
 def cases(lengths, chunk, widths, **sizes):
     """{name: (tensors, type)}: lengths, decays, widths, groups, strengths, layouts."""
     found = {f"length {length}": (tensors(length, **sizes), torch.float32) for length in lengths}
-    for name, log_decay in log_decay_families(chunk + 3).items():
+    for name, log_decay in kernel_laws.log_decay_families(chunk + 3).items():
         found[f"decay {name}"] = (tensors(chunk + 3, 1, 1, decay=log_decay), torch.float32)
     for state, channel in widths:
         arguments = tensors(chunk + 1, 2, 1, state, channel)
@@ -88,8 +63,7 @@ def cases(lengths, chunk, widths, **sizes):
     found["keys of any length"] = (tensors(7, unit=False), torch.float32)
     strided = tensors(chunk + 1)
     strided["query"] = strided["query"].mT.contiguous().mT
-    strided["value"] = torch.randn(1, 2, 2 * chunk + 4, 9)[:, :, 1 : 2 * chunk + 3 : 2, 3:7]
-    strided["value"] = strided["value"].transpose(1, 2)
+    strided["value"] = kernel_laws.strided_values(chunk + 1)
     strided["write_strength"] = strided["write_strength"].mT.contiguous().mT
     found["strided"] = (strided, torch.float32)
     return found
@@ -104,7 +78,7 @@ def measure(case, device="cpu"):
     arguments, dtype = case
     widths = arguments["key"].shape[3], arguments["value"].shape[3]
     chunk = products(dtype, *widths)["CHUNK"]
-    moved = {k: v if v is None else v.to(device) for k, v in arguments.items()}
+    moved = kernel_laws.moved(arguments, device)
     solved = (moved[name] for name in ("key", "write_strength", "log_decay"))
     condition = solve_condition(*solved, chunk)
     units = row_units(delta_scan, delta_scan_reference, moved, unit=UNIT[dtype], scale=0.5)
@@ -123,7 +97,7 @@ ON_GPU = cases((0, 1, 2, 15, 16, 17, 257), 16, [(1, 3), (16, 100), (128, 60), (1
     f"torch.bfloat16 decay {name}": (
         tensors(193, 2, 1, 64, 128, torch.bfloat16, log), torch.bfloat16,
     )
-    for name, log in log_decay_families(193).items()
+    for name, log in kernel_laws.log_decay_families(193).items()
 } | {
     f"torch.bfloat16 strength {strength}": (
         tensors(192, 2, 2, 128, 128, torch.bfloat16, None, strength=strength), torch.bfloat16,
@@ -139,11 +113,8 @@ def interpret():
     found = {name: measure(case) for name, case in INTERPRETED.items()}
     arguments = tensors(21)
     output, final = module.delta_scan(**arguments)
-    parts = [{k: v if k == "initial_state" else v[:, rows] for k, v in arguments.items()}
-             for rows in (slice(0, 16), slice(16, None))]  # fmt: skip
-    head, middle = module.delta_scan(**parts[0])
-    tail, end = module.delta_scan(**parts[1] | {"initial_state": middle})
-    found["split"] = bool(torch.equal(torch.cat([head, tail], 1), output) and (end == final).all())
+    parts = kernel_laws.scan_in_two(module.delta_scan, arguments, 16)
+    found["split"] = all(map(torch.equal, parts, (output, final)))
     names = ("key", "value", "write_strength", "log_decay")
     total, end = module.delta_summary(*(arguments[name] for name in names))
     again = total @ arguments["initial_state"] + end
@@ -159,36 +130,26 @@ def interpret():
         launch.EXACT_CHUNK = chunk
         found[f"chunk {chunk}"] = measure((tensors(chunk + 1, 1, 1), torch.float32))
     torch.library.opcheck(torch.ops.dsf.delta_scan, (*tensors(3).values(), 1.0),
-                          test_utils=("test_schema", "test_autograd_registration",
-                                      "test_faketensor"))  # fmt: skip
+                          test_utils=kernel_laws.OPCHECKS)  # fmt: skip
     print(json.dumps(found))
 
 
 def test_interpreted():
     """One child runs every case, a split on a chunk's edge and the identities; all are judged."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(KERNELS)
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True,
-                         env=environment, timeout=600)  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = kernel_laws.run_interpreted(__file__)
     assert found.pop("split")
     assert found.pop("summary") < 1e-5
     assert found.pop("writes nothing") < 1e-6
     assert found.pop("no decay is decay one") == 0
     assert set(found) == set(INTERPRETED) | {"chunk 32", "chunk 64"}
-    wrong = {name: units for name, units in found.items() if max(units.values()) > LIMIT}
-    assert not wrong, wrong
+    kernel_laws.all_within(found, LIMIT)
 
 
 def test_messages():
     from dsf_kernels.delta_scan import delta_scan
 
-    arguments = tensors(3)
-    with pytest.raises(NotImplementedError, match="expected CUDA tensors, got cpu"):
-        delta_scan(**arguments)
-    with pytest.raises(ValueError, match="scale: expected a finite nonzero number, got 0"):
-        delta_scan(**arguments, scale=0)
+    message = "scale: expected a finite nonzero number, got 0"
+    kernel_laws.refuses(delta_scan, tensors(3), ValueError, message, scale=0)
 
 
 def test_refuses_what_no_gpu_was_seen_to_compute(monkeypatch):
@@ -200,26 +161,11 @@ def test_refuses_what_no_gpu_was_seen_to_compute(monkeypatch):
         module.delta_scan(**tensors(3, state=129))
 
 
-def resources(built) -> str:
-    """Registers, stack (spills) and shared memory of a compiled kernel, as its assembler says."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        return "not known: this Triton carries no cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    return " ".join(re.findall(r"(?:REG|STACK|SHARED):\d+", run.stdout))
-
-
 @pytest.mark.parametrize(
     ("name", "architecture"),
     [("solve", 90), ("forward", 80), ("forward", 90), ("reverse", 90), ("gradient", 90)],
 )
 def test_compiles_ahead_of_time(name, architecture, record_property):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     launch = importlib.import_module("dsf_kernels.delta_launch")
     kernel = getattr(launch, f"{name}_kernel")
     settings = launch.products(torch.bfloat16, 64, 64) | {"CHUNK": 32}  # quicker than 64
@@ -228,56 +174,33 @@ def test_compiles_ahead_of_time(name, architecture, record_property):
     fixed |= dict.fromkeys(("HAS_DECAY", "HAS_INITIAL", "DECAY_GRAD", "FINAL", "FULL"), True)
     fixed |= {"SOLVE": "tf32x3", "STORE": True, "SAVE": False}
     floats = ("strength", "high", "low", "initial", "final", "grad_strength", "grad_decay")
-    types = dict.fromkeys(floats, "*fp32") | {"scale": "fp32"}
     tensor = re.compile(
         "query|key|value|upstream|out|solved|states|adjoints|written|pulled|residual|grad"
     )
-    signature = {}
-    for argument in kernel.arg_names:
-        pointer = "*bf16" if tensor.match(argument) else "i32"
-        signature[argument] = types.get(argument, pointer)
-        if argument in fixed:
-            signature[argument] = "constexpr"
-    constants = {k: v for k, v in fixed.items() if k in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    types = {name: "*bf16" for name in kernel.arg_names if tensor.match(name)}
+    types |= dict.fromkeys(floats, "*fp32") | {"scale": "fp32"}
     options = {"num_warps": 1 if name == "solve" else 4}
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    record_property("resources", resources(built))
-    assert built.asm["cubin"]
+    kernel_laws.build(kernel, architecture, types, fixed, options, record_property)
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 @pytest.mark.parametrize("name", ON_GPU)
 def test_gpu_matches_loop(name):
     units = measure(ON_GPU[name], "cuda")
     assert max(units.values()) <= LIMIT, units
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 def test_gpu_repeats_and_is_independent_of_batch():
     """Bitwise, with the gradients."""
     from dsf_kernels.delta_scan import delta_scan
 
     arguments = tensors(1000, 3, 1, 128, 64, torch.bfloat16, batch=4)
-    arguments = {k: v.cuda() for k, v in arguments.items()}
-
-    def run(row):
-        leaves = {k: v[row].clone().requires_grad_() for k, v in arguments.items()}
-        output, final = delta_scan(**leaves)
-        loss = output.float().square().sum() + final.square().sum()
-        return output, final, *torch.autograd.grad(loss, list(leaves.values()))
-
-    first = run(slice(None))
-    for _ in range(20):
-        assert all(torch.equal(a, b) for a, b in zip(run(slice(None)), first, strict=True))
-    for whole, alone in zip(first, run(slice(2, 3)), strict=True):
-        assert torch.equal(whole[2:3], alone)
+    run = kernel_laws.with_gradients(delta_scan, term=torch.square)
+    kernel_laws.repeats_and_rows_stand_alone(run, arguments, repeats=20)
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 def test_gpu_long_and_opcheck():
     from dsf_kernels.delta_scan import delta_scan
 

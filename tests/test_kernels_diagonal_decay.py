@@ -3,43 +3,21 @@ GPU, and compiled ahead of time. Run as a script it prints the interpreter's err
 
 import importlib
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
+import kernel_laws
 import pytest
 import torch
+from kernel_laws import UNIT
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-KERNELS = Path(__file__).parents[1] / "kernels"
+pytest.importorskip("triton", reason="triton is not installed")
 LIMIT = 16.0  # units
 ABSOLUTE = 1e-5  # of numbers near 1 in float32
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 def log_decay_families(length: int, state: int) -> dict[str, torch.Tensor]:
-    """The decay families of the house rules that a positive decay can hold, as logs (L, N)."""
-    step = torch.arange(length)[:, None].expand(length, state)
-    generator = torch.Generator().manual_seed(7)
-    bits = torch.randint(0, 2, (length, state), generator=generator).float()
-    decays = {
-        "one": torch.ones(length, state),
-        "near one": torch.full((length, state), 1 - 1e-6),
-        "half": torch.full((length, state), 0.5),
-        "1e-30": torch.full((length, state), 1e-30),
-        "zero": torch.zeros(length, state),
-        "bits": bits,
-        "one and 1e-20": torch.where(step % 2 == 0, 1.0, 1e-20),
-        "drops": torch.where((step + torch.arange(state)) % 5 == 3, 1e-12, 0.99),
-    }
-    return {name: decay.log() for name, decay in decays.items()} | {
-        "-100 a step": torch.full((length, state), -100.0),
-        "-5 a step": torch.full((length, state), -5.0),
-    }
+    """Those of every kernel, and -5 a step, as logs (L, N)."""
+    slow = {"-5 a step": torch.full((length, state), -5.0)}
+    return kernel_laws.log_decay_families(length, state) | slow
 
 
 def tensors(length, head=2, state=4, channel=4, dtype=torch.float32, decay=None, initial=True,
@@ -74,8 +52,7 @@ def cases(lengths, chunk, widths, **sizes):
     strided = tensors(chunk + 1)
     strided["query"] = strided["query"].mT.contiguous().mT
     strided["log_decay"] = strided["log_decay"][:, :, :, :1].expand(strided["key"].shape)
-    strided["value"] = torch.randn(1, 2, 2 * chunk + 4, 9)[:, :, 1 : 2 * chunk + 3 : 2, 3:7]
-    strided["value"] = strided["value"].transpose(1, 2)
+    strided["value"] = kernel_laws.strided_values(chunk + 1)
     found["strided"] = (strided, torch.float32)
     return found
 
@@ -85,8 +62,7 @@ def measure(case, device="cpu"):
     from dsf_kernels.reference import diagonal_decay_scan_reference, error_units
 
     arguments, dtype = case
-    moved = {k: v if v is None else v.to(device) for k, v in arguments.items()}
-    return error_units(diagonal_decay_scan, diagonal_decay_scan_reference, moved, {"log_decay"},
+    return error_units(diagonal_decay_scan, diagonal_decay_scan_reference, kernel_laws.moved(arguments, device), {"log_decay"},
                        unit=UNIT[dtype], scale=0.5)  # fmt: skip
 
 
@@ -132,13 +108,8 @@ def interpret():
     arguments = tensors(11)
     arguments["key"] = arguments["key"][:, :, :1]
     output, final = module.diagonal_decay_scan(**arguments)
-    parts = [
-        {k: v if v is None or k == "initial_state" else v[:, rows] for k, v in arguments.items()}
-        for rows in (slice(0, 8), slice(8, None))
-    ]
-    head, middle = module.diagonal_decay_scan(**parts[0])
-    tail, end = module.diagonal_decay_scan(**parts[1] | {"initial_state": middle})
-    found["split"] = bool(torch.equal(torch.cat([head, tail], 1), output) and (end == final).all())
+    parts = kernel_laws.scan_in_two(module.diagonal_decay_scan, arguments, 8)
+    found["split"] = all(map(torch.equal, parts, (output, final)))
     summarised = [arguments[name] for name in ("key", "value", "log_decay")]
     total, end = module.diagonal_decay_summary(*summarised)
     again = total.exp()[..., None] * arguments["initial_state"] + end
@@ -147,8 +118,7 @@ def interpret():
     small = tensors(3)
     torch.library.opcheck(torch.ops.dsf.diagonal_decay_scan,
                           tuple(small[k] for k in OPERANDS) + (1.0,),
-                          test_utils=("test_schema", "test_autograd_registration",
-                                      "test_faketensor"))  # fmt: skip
+                          test_utils=kernel_laws.OPCHECKS)  # fmt: skip
     print(json.dumps(found))
 
 
@@ -172,7 +142,7 @@ def without_key(device):
     from dsf_kernels.diagonal_decay_scan import diagonal_decay_scan
     from dsf_kernels.reference import diagonal_decay_scan_reference
 
-    arguments = {k: v if v is None else v.to(device) for k, v in tensors(11).items()}
+    arguments = kernel_laws.moved(tensors(11), device)
     arguments["key"] = None
     results = []
     for function in (diagonal_decay_scan, diagonal_decay_scan_reference):
@@ -189,49 +159,25 @@ OPERANDS = ("query", "key", "value", "log_decay", "initial_state")
 
 def test_interpreted():
     """One child runs every case, a split on a tile's edge and the summary; all are judged."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(KERNELS)
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True,
-                         env=environment, timeout=600)  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = kernel_laws.run_interpreted(__file__)
     assert found.pop("split")
     assert found.pop("summary") < ABSOLUTE
     assert found.pop("no key") < ABSOLUTE
     assert set(found) == set(INTERPRETED) | {"1 groups", "2 groups", "filled up"}
-    wrong = {name: units for name, units in found.items() if max(units.values()) > LIMIT}
-    assert not wrong, wrong
+    kernel_laws.all_within(found, LIMIT)
 
 
 def test_messages():
     from dsf_kernels.diagonal_decay_scan import diagonal_decay_scan
 
-    arguments = tensors(3)
-    with pytest.raises(NotImplementedError, match="expected CUDA tensors, got cpu"):
-        diagonal_decay_scan(**arguments)
-    with pytest.raises(ValueError, match="scale: expected a finite nonzero number, got 0"):
-        diagonal_decay_scan(**arguments, scale=0)
-
-
-def resources(built) -> str:
-    """Registers, stack (spills) and shared memory of a compiled kernel, as its assembler says."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        return "not known: this Triton carries no cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    return " ".join(re.findall(r"(?:REG|STACK|SHARED):\d+", run.stdout))
+    message = "scale: expected a finite nonzero number, got 0"
+    kernel_laws.refuses(diagonal_decay_scan, tensors(3), ValueError, message, scale=0)
 
 
 @pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("name", ["pair_kernel", "walk_kernel", "gradient_kernel"])
 def test_compiles_ahead_of_time(name, architecture, record_property):
     """The bf16 tiles of width 64."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     launch = importlib.import_module("dsf_kernels.diagonal_decay_launch")
     kernel = getattr(launch, name)
     table = {"pair_kernel": launch.PAIR, "walk_kernel": launch.WALK}.get(name, launch.GRADIENT)
@@ -242,57 +188,35 @@ def test_compiles_ahead_of_time(name, architecture, record_property):
     fixed |= {"WIDTH": 64, "CHANNELS": 64, "PART": 64, "ONES": tiles["SLAB"]}
     fixed |= dict.fromkeys(("PAIRED", "FULL", "HAS_INITIAL", "STORE", "SAVE", "FINAL"), True)
     fixed |= {"REVERSE": True} | dict.fromkeys(("w_p", "i_p", "v_p", "d_p"), 1)
-    fixed = {k: v for k, v in fixed.items() if k in kernel.arg_names}
     single = ("log_decay", "grad_decay", "total", "initial", "final")
     pointers = ("query", "key", "score", "q_out", "k_out", "value", "grad", "start", "end", "ones",
                 "grad_query", "grad_key", "x", "y", "w", "out", "saved")  # fmt: skip
     types = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(single, "*fp32") | {"scale": "fp32"}
-    signature = {n: "constexpr" if n in fixed else types.get(n, "i32") for n in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    record_property("resources", resources(built))
-    assert built.asm["cubin"]
+    kernel_laws.build(kernel, architecture, types, fixed, options, record_property)
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 @pytest.mark.parametrize("name", ON_GPU)
 def test_gpu_matches_loop(name):
     units = measure(ON_GPU[name], "cuda")
     assert max(units.values()) <= LIMIT, units
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 def test_gpu_without_key():
     assert without_key("cuda") < ABSOLUTE
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 def test_gpu_repeats_and_is_independent_of_batch():
     from dsf_kernels.diagonal_decay_scan import diagonal_decay_scan
 
     arguments = tensors(1000, 3, 128, 64, torch.bfloat16, batch=4)
-    arguments = {k: v if v is None else v.cuda() for k, v in arguments.items()}
-    leaves = [v.requires_grad_() for v in arguments.values() if v is not None]
-
-    def run(given):
-        output, final = diagonal_decay_scan(**given)
-        rows = [v for v in given.values() if v is not None]
-        return output, final, *torch.autograd.grad((output.float().sum(), final.sum()), rows)
-
-    first = run(arguments)
-    assert len(first) == len(leaves) + 2
-    for _ in range(100):
-        assert all(map(torch.equal, run(arguments), first))
-    alone = {k: v if v is None else v[2:3].detach().requires_grad_() for k, v in arguments.items()}
-    for found, whole in zip(run(alone), first, strict=True):
-        assert torch.equal(found[0], whole[2])
+    run = kernel_laws.with_gradients(diagonal_decay_scan)
+    kernel_laws.repeats_and_rows_stand_alone(run, arguments)
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 def test_gpu_long_and_opcheck():
     from dsf_kernels.diagonal_decay_scan import diagonal_decay_scan
 

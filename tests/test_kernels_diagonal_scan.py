@@ -3,39 +3,22 @@ and compiled ahead of time. Run as a script it prints the interpreter's errors a
 
 import importlib
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
+import kernel_laws
 import pytest
 import torch
+from kernel_laws import UNIT
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-KERNELS = Path(__file__).parents[1] / "kernels"
+pytest.importorskip("triton", reason="triton is not installed")
 LIMIT = 16.0  # units
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SMALL = {"T": 4, "S": 2, "C": 4}
 
 
 def decay_families(length: int) -> dict[str, torch.Tensor]:
-    """The ten real decay families of the house rules, each (length,)."""
-    step = torch.arange(length)
-    generator = torch.Generator().manual_seed(7)
-    bits = torch.randint(0, 2, (length,), generator=generator).float()
-    return {
-        "one": torch.ones(length),
-        "near one": torch.full((length,), 1 - 1e-6),
-        "half": torch.full((length,), 0.5),
-        "1e-30": torch.full((length,), 1e-30),
-        "zero": torch.zeros(length),
-        "bits": bits,
-        "one and 1e-20": torch.where(step % 2 == 0, 1.0, 1e-20),
-        "drops": torch.where(step % 5 == 3, 1e-12, 0.99),
-        "negative": torch.full((length,), -0.9),
+    """The ten real decay families of the house rules, each (length, 1)."""
+    step = torch.arange(length)[:, None]
+    return kernel_laws.decay_families(length) | {
+        "negative": torch.full((length, 1), -0.9),
         "alternating sign": torch.where(step % 2 == 0, 0.95, -0.95),
     }
 
@@ -46,7 +29,7 @@ def tensors(length, width=5, dtype=torch.float32, decay=None, initial=True, batc
     if decay is None:
         decay = torch.rand(shape, generator=generator) * 2 - 1
     else:
-        decay = decay[None, :, None].expand(shape)
+        decay = decay[None].expand(shape)
     return {
         "decay": decay.to(dtype),
         "inputs": torch.randn(shape, generator=generator).to(dtype),
@@ -85,9 +68,8 @@ def measure(case, device="cpu"):
     from dsf_kernels.reference import diagonal_scan_reference, error_units
 
     arguments, dtype, options = case
-    moved = {k: v if v is None else v.to(device) for k, v in arguments.items()}
     logs = {"decay"} if options.get("log") else set()
-    return error_units(diagonal_scan, diagonal_scan_reference, moved, logs, unit=UNIT[dtype],
+    return error_units(diagonal_scan, diagonal_scan_reference, kernel_laws.moved(arguments, device), logs, unit=UNIT[dtype],
                        **options)  # fmt: skip
 
 
@@ -104,61 +86,36 @@ def interpret():
     found = {name: measure(case) for name, case in INTERPRETED.items()}
     arguments = tensors(20)
     states, final = module.diagonal_scan(**arguments)
-    head, middle = module.diagonal_scan(
-        arguments["decay"][:, :8], arguments["inputs"][:, :8], arguments["initial_state"]
-    )
-    tail, end = module.diagonal_scan(arguments["decay"][:, 8:], arguments["inputs"][:, 8:], middle)
-    found["split"] = bool(torch.equal(torch.cat([head, tail], 1), states) and (end == final).all())
+    parts = kernel_laws.scan_in_two(module.diagonal_scan, arguments, 8)
+    found["split"] = all(map(torch.equal, parts, (states, final)))
     total, end = module.diagonal_summary(arguments["decay"], arguments["inputs"])
     found["summary"] = float((total * arguments["initial_state"] + end - final).abs().max())
     torch.library.opcheck(torch.ops.dsf.diagonal_scan, (*tensors(3).values(), False),
-                          test_utils=("test_schema", "test_autograd_registration",
-                                      "test_faketensor"))  # fmt: skip
+                          test_utils=kernel_laws.OPCHECKS)  # fmt: skip
     print(json.dumps(found))
 
 
 def test_interpreted():
     """One child runs every case, a split on a tile's edge and the summary; all are judged."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(KERNELS)
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True,
-                         env=environment, timeout=600)  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = kernel_laws.run_interpreted(__file__)
     assert found.pop("split")
     assert found.pop("summary") < 1e-5
     assert set(found) == set(INTERPRETED)
-    wrong = {name: units for name, units in found.items() if max(units.values()) > LIMIT}
-    assert not wrong, wrong
+    kernel_laws.all_within(found, LIMIT)
 
 
 def test_messages():
     from dsf_kernels.diagonal_scan import diagonal_scan
 
-    with pytest.raises(NotImplementedError, match="expected CUDA tensors, got cpu"):
-        diagonal_scan(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
-    with pytest.raises(TypeError, match="decay: expected float32, bfloat16 or float16"):
-        diagonal_scan(torch.ones(1, 2, 3).double(), torch.ones(1, 2, 3))
-
-
-def resources(built) -> str:
-    """Registers, stack (spills) and shared memory of a compiled kernel, as its assembler says."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        return "not known: this Triton carries no cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    return " ".join(re.findall(r"(?:REG|STACK|SHARED):\d+", run.stdout))
+    ones = torch.ones(1, 2, 3)
+    message = "decay: expected float32, bfloat16 or float16"
+    kernel_laws.refuses(diagonal_scan, {"decay": ones, "inputs": ones}, TypeError, message,
+                        decay=ones.double(), inputs=ones.double())  # fmt: skip
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("kernel", ["_scan_kernel", "_adjoint_kernel"])
 def test_compiles_ahead_of_time(kernel, architecture, record_property):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     module = importlib.import_module("dsf_kernels.diagonal_scan")
     tile = dict(module.FORWARD if kernel == "_scan_kernel" else module.ADJOINT)
     options = {k: tile.pop(k) for k in ("num_warps", "maxnreg") if k in tile}
@@ -168,42 +125,25 @@ def test_compiles_ahead_of_time(kernel, architecture, record_property):
     floats = ("decay", "inputs", "initial", "states", "final", "grads", "grad_final",
               "grad_decay", "grad_inputs", "grad_initial")  # fmt: skip
     pointers |= dict.fromkeys(floats, "*fp32")
-    signature = {
-        name: "constexpr" if name in fixed else pointers.get(name, "i32")
-        for name in kernel.arg_names
-    }
-    fixed = {name: value for name, value in fixed.items() if name in signature}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    record_property("resources", resources(built))
-    assert built.asm["cubin"]
+    kernel_laws.build(kernel, architecture, pointers, fixed, options, record_property)
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 @pytest.mark.parametrize("name", ON_GPU)
 def test_gpu_matches_loop(name):
     units = measure(ON_GPU[name], "cuda")
     assert max(units.values()) <= LIMIT, units
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 def test_gpu_repeats_and_is_independent_of_batch():
     from dsf_kernels.diagonal_scan import diagonal_scan
 
-    arguments = {k: v.cuda() for k, v in tensors(3000, 320, torch.bfloat16, batch=4).items()}
-    states, final = diagonal_scan(**arguments)
-    for _ in range(100):
-        again, _ = diagonal_scan(**arguments)
-        assert torch.equal(again, states)
-    alone, end = diagonal_scan(**{k: v[2:3] for k, v in arguments.items()})
-    assert torch.equal(alone[0], states[2])
-    assert torch.equal(end[0], final[2])
+    arguments = tensors(3000, 320, torch.bfloat16, batch=4)
+    kernel_laws.repeats_and_rows_stand_alone(diagonal_scan, arguments, compared=1)
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 def test_gpu_long_and_opcheck():
     from dsf_kernels.diagonal_scan import diagonal_scan
 

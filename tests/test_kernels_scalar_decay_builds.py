@@ -2,14 +2,12 @@
 
 import importlib
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 
+import kernel_laws
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 SMALL = {"WIDTH": 64, "HAS_DECAY": True, "FIXED": False, "FULL": True}
 WALK = SMALL | {"SLAB": 64, "HAS_INITIAL": True, "STORE": True, "FINAL": True}
 WALK |= dict.fromkeys(("X_SHARE", "Y_SHARE", "W_SHARE"), 1)
@@ -28,36 +26,16 @@ TENSORS = ("x", "y", "w", "out", "q", "k", "v", "dy", "states", "grads", "dq", "
 CONTIGUOUS = ("x_w", "y_w", "w_w", "q_w", "k_w", "v_w", "i_p", "f_p")
 
 
-def resources(built) -> str:
-    """Registers, stack (spills) and shared memory of a compiled kernel, as its assembler says."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        return "not known: this Triton carries no cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    return " ".join(re.findall(r"(?:REG|STACK|SHARED):\d+", run.stdout))
-
-
-def build(name: str, architecture: int):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def build(name: str, architecture: int, record_property):
     module, kernel, constants = BUILDS[name]
     kernel = getattr(importlib.import_module(f"dsf_kernels.{module}"), kernel)
     launch = importlib.import_module("dsf_kernels.scalar_decay_launch")
     settings = launch.settings_of(torch.bfloat16, 64)._asdict()
     options = {"num_warps": settings.pop("num_warps")}
     fixed = settings | constants | dict.fromkeys(CONTIGUOUS, 1)
-    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
     types = dict.fromkeys(TENSORS, "*bf16") | dict.fromkeys(FLOATS, "*fp32")
     types |= {"scale": "fp32", "initial_scale": "fp32"}
-    signature = {
-        name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return kernel_laws.build(kernel, architecture, types, fixed, options, record_property)
 
 
 def overtaken(code: str) -> tuple[int, list[str]]:
@@ -100,9 +78,7 @@ def overtaken(code: str) -> tuple[int, list[str]]:
     "name", [pytest.param(n, marks=pytest.mark.slow if n == "walk back" else ()) for n in BUILDS]
 )
 def test_builds_for_hopper(name, record_property):
-    built = build(name, 90)
-    record_property("resources", resources(built))
-    assert built.asm["cubin"]
+    built = build(name, 90, record_property)
     copies, wrong = overtaken(built.asm["ttgir"])
     assert copies
     assert not wrong
@@ -111,6 +87,4 @@ def test_builds_for_hopper(name, record_property):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDS)
 def test_builds_for_ampere(name, record_property):
-    built = build(name, 80)
-    record_property("resources", resources(built))
-    assert built.asm["cubin"]
+    build(name, 80, record_property)

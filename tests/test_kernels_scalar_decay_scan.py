@@ -4,39 +4,14 @@ GPU, and compiled ahead of time. Run as a script it prints the interpreter's err
 import functools
 import importlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import kernel_laws
 import pytest
 import torch
+from kernel_laws import UNIT
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-KERNELS = Path(__file__).parents[1] / "kernels"
+pytest.importorskip("triton", reason="triton is not installed")
 LIMIT = 16.0  # units
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-
-
-def log_decay_families(length: int) -> dict[str, torch.Tensor]:
-    """The decay families of the house rules that a positive decay can hold, as logs (length,)."""
-    step = torch.arange(length)
-    generator = torch.Generator().manual_seed(7)
-    bits = torch.randint(0, 2, (length,), generator=generator).float()
-    decays = {
-        "one": torch.ones(length),
-        "near one": torch.full((length,), 1 - 1e-6),
-        "half": torch.full((length,), 0.5),
-        "1e-30": torch.full((length,), 1e-30),
-        "zero": torch.zeros(length),
-        "bits": bits,
-        "one and 1e-20": torch.where(step % 2 == 0, 1.0, 1e-20),
-        "drops": torch.where(step % 5 == 3, 1e-12, 0.99),
-    }
-    return {name: decay.log() for name, decay in decays.items()} | {
-        "-100 a step": torch.full((length,), -100.0)
-    }
 
 
 def tensors(length, head=2, group=2, state=4, channel=4, dtype=torch.float32, decay="token",
@@ -48,7 +23,7 @@ def tensors(length, head=2, group=2, state=4, channel=4, dtype=torch.float32, de
 
     log_decay = None
     if isinstance(decay, torch.Tensor):
-        log_decay = decay[None, :, None].expand(batch, length, head)
+        log_decay = decay[None].expand(batch, length, head)
     elif decay == "token":
         log_decay = -draw(batch, length, head).abs()
     elif decay == "head":
@@ -65,7 +40,7 @@ def tensors(length, head=2, group=2, state=4, channel=4, dtype=torch.float32, de
 def cases(lengths, chunk, widths, **sizes):
     """{name: (tensors, type)}: lengths, decays, widths, groups, layouts."""
     found = {f"length {length}": (tensors(length, **sizes), torch.float32) for length in lengths}
-    for name, log_decay in log_decay_families(chunk + 3).items():
+    for name, log_decay in kernel_laws.log_decay_families(chunk + 3).items():
         found[f"decay {name}"] = (tensors(chunk + 3, decay=log_decay), torch.float32)
     for state, channel in widths:
         arguments = tensors(chunk + 1, 2, 1, state, channel)
@@ -78,8 +53,7 @@ def cases(lengths, chunk, widths, **sizes):
     found["decay of a head"] = (tensors(chunk + 1, decay="head"), torch.float32)
     strided = tensors(chunk + 1)
     strided["query"] = strided["query"].mT.contiguous().mT
-    strided["value"] = torch.randn(1, 2, 2 * chunk + 4, 9)[:, :, 1 : 2 * chunk + 3 : 2, 3:7].mT.mT
-    strided["value"] = strided["value"].transpose(1, 2)
+    strided["value"] = kernel_laws.strided_values(chunk + 1)
     found["strided"] = (strided, torch.float32)
     return found
 
@@ -101,7 +75,7 @@ def measure(case, device="cpu", form="walk", constant=False):
 
     launch = importlib.import_module("dsf_kernels.scalar_decay_launch")
     arguments, dtype = case
-    moved = {k: v if v is None else v.to(device) for k, v in arguments.items()}
+    moved = kernel_laws.moved(arguments, device)
     functions = [scalar_decay_scan, scalar_decay_scan_reference]
     if constant:
         decay = moved.pop("log_decay")
@@ -124,7 +98,7 @@ ON_GPU = cases((0, 1, 2, 31, 32, 33, 257), 64, [(1, 3), (16, 100), (128, 60), (2
     f"torch.bfloat16 decay {name}": (
         tensors(193, 2, 1, 64, 128, torch.bfloat16, log), torch.bfloat16,
     )
-    for name, log in log_decay_families(193).items()
+    for name, log in kernel_laws.log_decay_families(193).items()
 }  # fmt: skip
 
 
@@ -148,48 +122,34 @@ def interpret():
     launch.SHORT = 0
     arguments = tensors(21)
     output, final = module.scalar_decay_scan(**arguments)
-    parts = [{k: v if k == "initial_state" else v[:, rows] for k, v in arguments.items()}
-             for rows in (slice(0, 16), slice(16, None))]  # fmt: skip
-    head, middle = module.scalar_decay_scan(**parts[0])
-    tail, end = module.scalar_decay_scan(**parts[1] | {"initial_state": middle})
-    found["split"] = bool(torch.equal(torch.cat([head, tail], 1), output) and (end == final).all())
+    parts = kernel_laws.scan_in_two(module.scalar_decay_scan, arguments, 16)
+    found["split"] = all(map(torch.equal, parts, (output, final)))
     summarised = [arguments[name] for name in ("key", "value", "log_decay")]
     total, end = module.scalar_decay_summary(*summarised)
     again = total.exp()[..., None, None] * arguments["initial_state"] + end
     found["summary"] = float((again - final).abs().max())
     torch.library.opcheck(torch.ops.dsf.scalar_decay_scan, (*tensors(3).values(), 1.0),
-                          test_utils=("test_schema", "test_autograd_registration",
-                                      "test_faketensor"))  # fmt: skip
+                          test_utils=kernel_laws.OPCHECKS)  # fmt: skip
     print(json.dumps(found))
 
 
 def test_interpreted():
     """One child runs every case, a split on a tile's edge and the summary; all are judged."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(KERNELS)
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True,
-                         env=environment, timeout=600)  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = kernel_laws.run_interpreted(__file__)
     assert found.pop("split")
     assert found.pop("summary") < 1e-5
     assert set(found) > set(INTERPRETED)
-    wrong = {name: units for name, units in found.items() if max(units.values()) > LIMIT}
-    assert not wrong, wrong
+    kernel_laws.all_within(found, LIMIT)
 
 
 def test_messages():
     from dsf_kernels.scalar_decay_scan import scalar_decay_scan
 
-    arguments = tensors(3)
-    with pytest.raises(NotImplementedError, match="expected CUDA tensors, got cpu"):
-        scalar_decay_scan(**arguments)
-    with pytest.raises(ValueError, match="scale: expected a finite nonzero number, got 0"):
-        scalar_decay_scan(**arguments, scale=0)
+    message = "scale: expected a finite nonzero number, got 0"
+    kernel_laws.refuses(scalar_decay_scan, tensors(3), ValueError, message, scale=0)
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ON_GPU)
 def test_gpu_matches_loop(name, form):
@@ -197,8 +157,7 @@ def test_gpu_matches_loop(name, form):
     assert max(units.values()) <= LIMIT, units
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", [name for name in ON_GPU if "decay" in name])
 def test_gpu_matches_loop_under_constant_decays(name, form):
@@ -206,23 +165,15 @@ def test_gpu_matches_loop_under_constant_decays(name, form):
     assert max(units.values()) <= LIMIT, units
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 def test_gpu_repeats_and_is_independent_of_batch():
     from dsf_kernels.scalar_decay_scan import scalar_decay_scan
 
     arguments = tensors(1000, 3, 1, 128, 64, torch.bfloat16, batch=4)
-    arguments = {k: v.cuda() for k, v in arguments.items()}
-    output, final = scalar_decay_scan(**arguments)
-    for _ in range(100):
-        assert torch.equal(scalar_decay_scan(**arguments)[0], output)
-    alone, end = scalar_decay_scan(**{k: v[2:3] for k, v in arguments.items()})
-    assert torch.equal(alone[0], output[2])
-    assert torch.equal(end[0], final[2])
+    kernel_laws.repeats_and_rows_stand_alone(scalar_decay_scan, arguments, compared=1)
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 def test_gpu_long_and_opcheck():
     from dsf_kernels.scalar_decay_scan import scalar_decay_scan
 

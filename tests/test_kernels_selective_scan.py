@@ -3,24 +3,18 @@ and compiled ahead of time. Run as a script it prints the interpreter's errors a
 
 import importlib
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
+import kernel_laws
 import pytest
 import torch
+from kernel_laws import UNIT
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-KERNELS = Path(__file__).parents[1] / "kernels"
+pytest.importorskip("triton", reason="triton is not installed")
 LIMIT = 16.0  # units
 SPLIT = 1e-5  # two parts against the whole, numbers near 1 in float32
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 HALF_ULP = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 LOGS = ("A", "step_size", "bias")
+UNBATCHED = ("A", "D", "bias")
 UNDERFLOW = 2.0**-120
 
 
@@ -49,19 +43,9 @@ def tensors(length, channels=5, n_state=3, group=1, dtype=torch.float32, batch=1
 
 def families(length):
     """One channel for each decay family that exp(step A), A = -1, can hold; 0 is exp(-200)."""
-    step = torch.arange(length)
     generator = torch.Generator().manual_seed(7)
-    decays = torch.stack([
-        torch.ones(length),
-        torch.full((length,), 1 - 1e-6),
-        torch.full((length,), 0.5),
-        torch.full((length,), 1e-30),
-        torch.zeros(length),
-        torch.randint(0, 2, (length,), generator=generator).float(),
-        torch.where(step % 2 == 0, 1.0, 1e-20),
-        torch.where(step % 5 == 3, 1e-12, 0.99),
-        torch.full((length,), 3.7e-44),  # -100 a step
-    ], 1)  # fmt: skip
+    decays = kernel_laws.decay_families(length, generator=generator).values()
+    decays = torch.cat([*decays, torch.full((length, 1), 3.7e-44)], 1)  # -100 a step
     found = tensors(length, 9, 2, full=False)
     found["initial_state"] = torch.randn(1, 9, 2, generator=generator)
     found["A"] = -torch.ones(9, 2)
@@ -131,7 +115,7 @@ def measure(case, device="cpu", steps=True):
     from dsf_kernels.selective_scan import selective_scan
 
     arguments, options = case
-    moved = {k: v if v is None else v.to(device) for k, v in arguments.items()}
+    moved = kernel_laws.moved(arguments, device)
     unit = UNIT[arguments["u"].dtype]
     found = error_units(
         selective_scan, selective_scan_reference, moved, LOGS, unit=unit, **options
@@ -164,13 +148,10 @@ def interpret():
     found = {name: measure(case, steps=name in STEPS) for name, case in INTERPRETED.items()}
     arguments = tensors(8, 4, 2)
     output, final = module.selective_scan(**arguments, softplus=True)
-    over_time = ("u", "step_size", "B", "C", "z")
-    head, tail = ({k: v[:, rows] if k in over_time else v for k, v in arguments.items()}
-                  for rows in (slice(0, 4), slice(4, None)))  # fmt: skip
-    early, middle = module.selective_scan(**head, softplus=True)
-    late, end = module.selective_scan(**tail | {"initial_state": middle}, softplus=True)
-    joined = torch.cat([early, late], 1)
-    found["split"] = float(max((joined - output).abs().max(), (end - final).abs().max()))
+    parts = kernel_laws.scan_in_two(module.selective_scan, arguments, 4,
+                                    (*UNBATCHED, "initial_state"), softplus=True)  # fmt: skip
+    pairs = zip(parts, (output, final), strict=True)
+    found["split"] = float(max((a - b).abs().max() for a, b in pairs))
     part = {k: arguments[k] for k in ("u", "step_size", "A", "B", "bias")}
     total, end = module.selective_summary(**part, softplus=True)
     found["summary"] = float((total * arguments["initial_state"] + end - final).abs().max())
@@ -178,54 +159,31 @@ def interpret():
     state = arguments["initial_state"]
     given = (*(arguments[k] for k in order), state, False, True)
     torch.library.opcheck(torch.ops.dsf.selective_scan, given,
-                          test_utils=("test_schema", "test_autograd_registration",
-                                      "test_faketensor"))  # fmt: skip
+                          test_utils=kernel_laws.OPCHECKS)  # fmt: skip
     print(json.dumps(found))
 
 
 def test_interpreted():
     """One child runs every case, a split on a tile's edge and the summary; all are judged."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(KERNELS)
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True,
-                         env=environment, timeout=600)  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = kernel_laws.run_interpreted(__file__)
     assert found.pop("split") < SPLIT
     assert found.pop("summary") < SPLIT
     assert set(found) == set(INTERPRETED)
-    wrong = {name: units for name, units in found.items() if max(units.values()) > LIMIT}
-    assert not wrong, wrong
+    kernel_laws.all_within(found, LIMIT)
 
 
 def test_messages():
     from dsf_kernels.selective_scan import selective_scan
 
-    arguments = tensors(3)
-    with pytest.raises(NotImplementedError, match="expected CUDA tensors, got cpu"):
-        selective_scan(**arguments)
-    with pytest.raises(TypeError, match=r"C: expected float32, bfloat16 or float16"):
-        selective_scan(**arguments | {"C": arguments["C"].double()})
-
-
-def resources(built) -> str:
-    """Registers, stack (spills) and shared memory of a compiled kernel, as its assembler says."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        return "not known: this Triton carries no cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    return " ".join(re.findall(r"(?:REG|STACK|SHARED):\d+", run.stdout))
+    arguments, message = tensors(3), "C: expected float32, bfloat16 or float16"
+    wrong = arguments["C"].double()
+    kernel_laws.refuses(selective_scan, arguments, TypeError, message, C=wrong)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("name", ["forward_kernel", "adjoint_kernel"])
 def test_compiles_ahead_of_time(name, architecture, record_property):
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     module = importlib.import_module("dsf_kernels.selective_launch")
     kernel = getattr(module, name)
@@ -239,48 +197,26 @@ def test_compiles_ahead_of_time(name, architecture, record_property):
     floats = ("rates", "skip", "bias", "state", "saved", "grad_state", "grad_rates",
               "grad_pairs", "grad_ends", "span")  # fmt: skip
     pointers = dict.fromkeys(halves, "*bf16") | dict.fromkeys(floats, "*fp32") | {"pairs": "*i64"}
-    signature = {
-        name: "constexpr" if name in fixed else pointers.get(name, "i32")
-        for name in kernel.arg_names
-    }
-    fixed = {name: value for name, value in fixed.items() if name in signature}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
-    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    record_property("resources", resources(built))
-    assert built.asm["cubin"]
+    kernel_laws.build(kernel, architecture, pointers, fixed, options, record_property)
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 @pytest.mark.parametrize("name", ON_GPU)
 def test_gpu_matches_loop(name):
     units = measure(ON_GPU[name], "cuda")
     assert max(units.values()) <= LIMIT, units
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 def test_gpu_repeats_and_is_independent_of_batch():
     from dsf_kernels.selective_scan import selective_scan
 
     arguments = tensors(700, 160, 16, dtype=torch.bfloat16, batch=4)
-    leaves = {k: v.cuda().requires_grad_() for k, v in arguments.items()}
-
-    def run(given):
-        output, final = selective_scan(**given, softplus=True)
-        wanted = [given[k] for k in ("u", "step_size", "B", "C", "z", "initial_state")]
-        return output, final, *torch.autograd.grad((output.sum(), final.sum()), wanted)
-
-    first = run(leaves)
-    for _ in range(100):
-        assert all(torch.equal(a, b) for a, b in zip(run(leaves), first, strict=True))
-    alone = {k: v if k in ("A", "D", "bias") else v[2:3] for k, v in leaves.items()}
-    alone = {k: v.detach().requires_grad_() for k, v in alone.items()}
-    assert all(torch.equal(a[0], b[2]) for a, b in zip(run(alone), first, strict=True))
+    run = kernel_laws.with_gradients(selective_scan, UNBATCHED, softplus=True)
+    kernel_laws.repeats_and_rows_stand_alone(run, arguments, shared=UNBATCHED)
 
 
-@CUDA
-@pytest.mark.gpu
+@kernel_laws.on_gpu
 def test_gpu_long_and_opcheck():
     from dsf_kernels.selective_scan import selective_scan
 
