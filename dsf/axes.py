@@ -19,7 +19,6 @@ AXES = (
 )  # fmt: skip
 """Every dimension name that a dsf result may carry, in the order in which they appear."""
 
-TRANSITION_AXES = ("batch", "time", "head")
 B_AXES = ("batch", "time", "head", "state", "input")
 C_AXES = ("batch", "time", "head", "output", "state")
 D_AXES = ("batch", "time", "head", "output", "input")
