@@ -62,7 +62,8 @@ def measure(case, device="cpu"):
     from dsf_kernels.reference import diagonal_decay_scan_reference, error_units
 
     arguments, dtype = case
-    return error_units(diagonal_decay_scan, diagonal_decay_scan_reference, kernel_laws.moved(arguments, device), {"log_decay"},
+    moved = kernel_laws.moved(arguments, device)
+    return error_units(diagonal_decay_scan, diagonal_decay_scan_reference, moved, {"log_decay"},
                        unit=UNIT[dtype], scale=0.5)  # fmt: skip
 
 

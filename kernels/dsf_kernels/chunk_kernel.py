@@ -3,54 +3,7 @@
 import triton
 import triton.language as tl
 
-from dsf_kernels.combine import exp2, exp2_gap, rows
-
-
-@triton.jit
-def chunk_decays(high, low, first, length, CHUNK: tl.constexpr, EXACT: tl.constexpr,
-                 FIXED: tl.constexpr):  # fmt: skip
-    """g in the chunk and its low part; decays to the end, from the start, of the whole chunk.
-
-    FIXED: `high` points to the log decay of every step.
-    """
-    i = tl.arange(0, CHUNK)
-    g_low, low_end = 0.0, 0.0
-    if FIXED:
-        step = tl.maximum(tl.load(high).to(tl.float32), -110.0)  # as cumulate_kernel
-        past = tl.minimum(i + 1, length - first)
-        most = tl.minimum(length - first, CHUNK)
-        if EXACT:
-            exact = step.to(tl.float64) * 1.4426950408889634
-            g_exact, end_exact = exact * past, exact * most
-            g, g_end = g_exact.to(tl.float32), end_exact.to(tl.float32)
-            g_low = (g_exact - g.to(tl.float64)).to(tl.float32)
-            low_end = (end_exact - g_end.to(tl.float64)).to(tl.float32)
-        else:
-            g, g_end = step * 1.4426950408889634 * past, step * 1.4426950408889634 * most
-    else:
-        g, g_end = tl.load(high + first + i), tl.load(high + first + CHUNK - 1)
-        if EXACT:
-            g_low, low_end = tl.load(low + first + i), tl.load(low + first + CHUNK - 1)
-    if EXACT:
-        to_end = exp2_gap(g_end, low_end, g, g_low, i >= 0)
-        from_start = exp2_gap(g, g_low, 0.0, 0.0, i >= 0)
-        whole = exp2_gap(g_end, low_end, 0.0, 0.0, g_end == g_end)
-    else:
-        to_end, from_start, whole = exp2(g_end - g), exp2(g), tl.exp2(g_end)
-        g_low = g
-    return g, g_low, to_end, from_start, whole
-
-
-@triton.jit
-def pair_decay(g, g_low, pair, LATER: tl.constexpr, EXACT: tl.constexpr):
-    """Decay between the tokens of each pair, 0 outside `pair`; LATER: the axis of the later."""
-    late, early = tl.expand_dims(g, 1 - LATER), tl.expand_dims(g, LATER)
-    if EXACT:
-        late_low, early_low = tl.expand_dims(g_low, 1 - LATER), tl.expand_dims(g_low, LATER)
-        decay = exp2_gap(late, late_low, early, early_low, pair)
-    else:
-        decay = exp2(tl.where(pair, late - early, float("-inf")))
-    return decay
+from dsf_kernels.chunks import cells, chunk_decays, entering, pair_decay, rows
 
 
 @triton.jit(do_not_specialize=["length", "n_chunk", "segment"])
@@ -84,15 +37,11 @@ def chunk_kernel(x, y, w, out, high, low, initial, final,
     final += (lane * n_segment + part) * width * channels
     length = (length - begin).to(tl.int32)
     n_chunk = tl.minimum(n_chunk - part * segment, segment)
-    row = tl.arange(0, WIDTH)[:, None]
-    column = offset + tl.arange(0, SLAB)[None, :]
-    inside = (row >= 0) & (column >= 0) if FULL else (row < width) & (column < channels)
+    row, column, inside = cells(offset, width, channels, FULL, WIDTH, SLAB)
+    initial += batch * i_b + head * i_h + part * i_s
+    h = entering(initial, row, column, inside, i_n, i_p, HAS_INITIAL)
     if HAS_INITIAL:
-        initial += batch * i_b + head * i_h + part * i_s
-        h = tl.load(initial + row * i_n + column * i_p, inside, other=0.0).to(tl.float32)
         h = h * initial_scale
-    else:
-        h = tl.zeros([WIDTH, SLAB], tl.float32)
     i = tl.arange(0, CHUNK)
     if REVERSE:
         pair = i[:, None] <= i[None, :]

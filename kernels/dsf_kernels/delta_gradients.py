@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from dsf_kernels.combine import rows
-from dsf_kernels.delta_solve import between_steps, between_steps_back, decays
+from dsf_kernels.chunks import chunk_decays, pair_decay, rows
 
 
 @triton.jit
@@ -70,8 +69,10 @@ def gradient_kernel(query, key, value, upstream, strength, high, low, states, ad
     solves = tl.dot(rs, tl.trans(ds), input_precision=PRECISION)
     alike = tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
     if HAS_DECAY:
-        g, g_low, to_end, from_start, whole = decays(high, low, i, EXACT, CHUNK)
-        solves = solves * between_steps(g, g_low, g, g_low, below, EXACT)
+        g, g_low, to_end, from_start, whole = chunk_decays(
+            high, low, 0, length, CHUNK, EXACT, False
+        )
+        solves = solves * pair_decay(g, g_low, below, 0, EXACT)
     else:
         solves = tl.where(below, solves, 0.0)
     strength_grad -= tl.sum(solves * alike, 1)  # type: ignore[operator]
@@ -81,11 +82,11 @@ def gradient_kernel(query, key, value, upstream, strength, high, low, states, ad
     # Transposed products are made anew: a transposed 16-bit dot result has been miscompiled.
     other = tl.dot(ds, tl.trans(rs), input_precision=PRECISION) * -beta[None, :]
     if HAS_DECAY:
-        other = other * between_steps_back(g, g_low, i[:, None] < i[None, :], EXACT)
+        other = other * pair_decay(g, g_low, i[:, None] < i[None, :], 1, EXACT)
     symmetric = tl.where(below, solves, tl.where(later, 0.0, other)).to(COMPUTE)
     scores = tl.dot(ys, tl.trans(ds), input_precision=PRECISION) * scale
     if HAS_DECAY:
-        scores = scores * between_steps(g, g_low, g, g_low, later, EXACT)
+        scores = scores * pair_decay(g, g_low, later, 0, EXACT)
     else:
         scores = tl.where(later, scores, 0.0)
     share = tl.zeros([CHUNK], tl.float32)
@@ -96,7 +97,7 @@ def gradient_kernel(query, key, value, upstream, strength, high, low, states, ad
     scores = scores.to(COMPUTE)
     other = tl.dot(ds, tl.trans(ys), input_precision=PRECISION) * scale
     if HAS_DECAY:
-        other = other * between_steps_back(g, g_low, i[:, None] <= i[None, :], EXACT)
+        other = other * pair_decay(g, g_low, i[:, None] <= i[None, :], 1, EXACT)
     else:
         other = tl.where(i[:, None] <= i[None, :], other, 0.0)
     scores_back = other.to(COMPUTE)

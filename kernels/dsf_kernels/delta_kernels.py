@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from dsf_kernels.combine import rows
-from dsf_kernels.delta_solve import between_steps, between_steps_back, decays
+from dsf_kernels.chunks import cells, chunk_decays, entering, owned, pair_decay, rows
 
 
 @triton.jit(do_not_specialize=["length", "n_chunk"])
@@ -18,11 +17,7 @@ def forward_kernel(query, key, value, strength, solved, out, high, low, initial,
                    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
                    WIDTH: tl.constexpr, SLAB: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Left to right: outputs (STORE), or each chunk's first state and what it writes (SAVE)."""
-    n_slab = tl.cdiv(channels, SLAB)
-    program = tl.program_id(0).to(tl.int64)
-    slab, lane = program % n_slab, program // n_slab
-    batch, head = lane // n_head, lane % n_head
-    offset = slab.to(tl.int32) * SLAB
+    _, lane, batch, head, offset = owned(tl.cdiv(channels, SLAB), n_head, SLAB)
     query += batch * q_b + head // Q_SHARE * q_h
     key += batch * k_b + head // K_SHARE * k_h
     value += batch * v_b + head * v_h
@@ -33,14 +28,9 @@ def forward_kernel(query, key, value, strength, solved, out, high, low, initial,
     solved += lane * n_chunk * CHUNK * CHUNK
     high += lane * n_chunk * CHUNK
     low += lane * n_chunk * CHUNK
-    row = tl.arange(0, WIDTH)[:, None]
-    column = offset + tl.arange(0, SLAB)[None, :]
-    inside = (row >= 0) & (column >= 0) if FULL else (row < width) & (column < channels)
-    if HAS_INITIAL:
-        initial += batch * i_b + head * i_h
-        h = tl.load(initial + row * i_n + column * i_p, inside, other=0.0).to(tl.float32)
-    else:
-        h = tl.zeros([WIDTH, SLAB], tl.float32)
+    row, column, inside = cells(offset, width, channels, FULL, WIDTH, SLAB)
+    initial += batch * i_b + head * i_h
+    h = entering(initial, row, column, inside, i_n, i_p, HAS_INITIAL)
     i = tl.arange(0, CHUNK)
     square = i[:, None] * CHUNK + i[None, :]
     pair = i[:, None] >= i[None, :]
@@ -54,8 +44,8 @@ def forward_kernel(query, key, value, strength, solved, out, high, low, initial,
         held = h.to(COMPUTE)
         read = tl.dot(ks, held, input_precision=PRECISION)
         if HAS_DECAY:
-            g, g_low, to_end, from_start, whole = decays(
-                high + first, low + first, i, EXACT, CHUNK
+            g, g_low, to_end, from_start, whole = chunk_decays(
+                high, low, first, length, CHUNK, EXACT, False
             )
             read = read * from_start[:, None]
         error = (beta * (vs.to(tl.float32) - read)).to(COMPUTE)
@@ -80,7 +70,7 @@ def forward_kernel(query, key, value, strength, solved, out, high, low, initial,
             result = tl.dot(qs, held, input_precision=PRECISION)
             score = tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
             if HAS_DECAY:
-                score = score * between_steps(g, g_low, g, g_low, pair, EXACT)
+                score = score * pair_decay(g, g_low, pair, 0, EXACT)
                 result = result * from_start[:, None]
             else:
                 score = tl.where(pair, score, 0.0)
@@ -105,11 +95,7 @@ def reverse_kernel(query, key, upstream, strength, solved, high, low, initial, f
                    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
                    WIDTH: tl.constexpr, SLAB: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Right to left: the state's gradient at each chunk's end, and r (see delta_scan.py)."""
-    n_slab = tl.cdiv(channels, SLAB)
-    program = tl.program_id(0).to(tl.int64)
-    slab, lane = program % n_slab, program // n_slab
-    batch, head = lane // n_head, lane % n_head
-    offset = slab.to(tl.int32) * SLAB
+    _, lane, batch, head, offset = owned(tl.cdiv(channels, SLAB), n_head, SLAB)
     query += batch * q_b + head // Q_SHARE * q_h
     key += batch * k_b + head // K_SHARE * k_h
     upstream += batch * y_b + head * y_h
@@ -119,14 +105,9 @@ def reverse_kernel(query, key, upstream, strength, solved, high, low, initial, f
     solved += lane * n_chunk * CHUNK * CHUNK
     high += lane * n_chunk * CHUNK
     low += lane * n_chunk * CHUNK
-    row = tl.arange(0, WIDTH)[:, None]
-    column = offset + tl.arange(0, SLAB)[None, :]
-    inside = (row >= 0) & (column >= 0) if FULL else (row < width) & (column < channels)
-    if HAS_INITIAL:
-        initial += batch * i_b + head * i_h
-        h = tl.load(initial + row * i_n + column * i_p, inside, other=0.0).to(tl.float32)
-    else:
-        h = tl.zeros([WIDTH, SLAB], tl.float32)
+    row, column, inside = cells(offset, width, channels, FULL, WIDTH, SLAB)
+    initial += batch * i_b + head * i_h
+    h = entering(initial, row, column, inside, i_n, i_p, HAS_INITIAL)
     i = tl.arange(0, CHUNK)
     square = i[:, None] * CHUNK + i[None, :]
     pair = i[:, None] <= i[None, :]
@@ -142,10 +123,10 @@ def reverse_kernel(query, key, upstream, strength, solved, high, low, initial, f
         ys = ys.to(COMPUTE)
         score = tl.dot(ks, tl.trans(qs), input_precision=PRECISION) * scale
         if HAS_DECAY:
-            g, g_low, to_end, from_start, whole = decays(
-                high + first, low + first, i, EXACT, CHUNK
+            g, g_low, to_end, from_start, whole = chunk_decays(
+                high, low, first, length, CHUNK, EXACT, False
             )
-            score = score * between_steps_back(g, g_low, pair, EXACT)
+            score = score * pair_decay(g, g_low, pair, 1, EXACT)
         else:
             score = tl.where(pair, score, 0.0)
         score = score.to(COMPUTE)

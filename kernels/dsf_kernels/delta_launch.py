@@ -4,7 +4,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dsf_kernels.combine import cumulate
+from dsf_kernels.chunks import cumulate
 from dsf_kernels.delta_gradients import gradient_kernel
 from dsf_kernels.delta_kernels import forward_kernel, reverse_kernel
 from dsf_kernels.delta_solve import solve_kernel

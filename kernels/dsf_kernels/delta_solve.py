@@ -1,44 +1,9 @@
-"""Device code of delta_scan: weights of the decays, and the triangular solve of each chunk."""
+"""Device code of delta_scan: the triangular solve of each chunk."""
 
 import triton
 import triton.language as tl
 
-from dsf_kernels.combine import exp2, exp2_gap, rows
-
-
-@triton.jit
-def decays(high, low, i, EXACT: tl.constexpr, CHUNK: tl.constexpr):
-    """g, its low part, exp(g_end - g), exp(g), exp(g_end) of one chunk."""
-    g, g_end = tl.load(high + i), tl.load(high + CHUNK - 1)
-    if EXACT:
-        g_low, low_end = tl.load(low + i), tl.load(low + CHUNK - 1)
-        to_end = exp2_gap(g_end, low_end, g, g_low, i >= 0)
-        from_start = exp2_gap(g, g_low, 0.0, 0.0, i >= 0)
-        whole = exp2_gap(g_end, low_end, 0.0, 0.0, g_end == g_end)
-    else:
-        g_low = g
-        to_end, from_start, whole = exp2(g_end - g), exp2(g), tl.exp2(g_end)
-    return g, g_low, to_end, from_start, whole
-
-
-@triton.jit
-def between_steps(a, a_low, b, b_low, keep, EXACT: tl.constexpr):
-    """exp(a_i - b_j) where `keep`, else 0: (i, j)."""
-    if EXACT:
-        gap = exp2_gap(a[:, None], a_low[:, None], b[None, :], b_low[None, :], keep)
-    else:
-        gap = exp2(tl.where(keep, a[:, None] - b[None, :], float("-inf")))
-    return gap
-
-
-@triton.jit
-def between_steps_back(a, a_low, keep, EXACT: tl.constexpr):
-    """exp(a_j - a_i) where `keep`, else 0: (i, j)."""
-    if EXACT:
-        gap = exp2_gap(a[None, :], a_low[None, :], a[:, None], a_low[:, None], keep)
-    else:
-        gap = exp2(tl.where(keep, a[None, :] - a[:, None], float("-inf")))
-    return gap
+from dsf_kernels.chunks import decay_between, rows
 
 
 @triton.jit
@@ -55,7 +20,9 @@ def _strict(product, strength, high, low, row, column, s_t, left,
             g_low, to_low = tl.load(low + i), tl.load(low + j)
         else:
             g_low, to_low = g, to
-        product = product * between_steps(g, g_low, to, to_low, keep, EXACT)
+        product = product * decay_between(
+            g[:, None], g_low[:, None], to[None, :], to_low[None, :], keep, EXACT
+        )
     return tl.where(keep, product, 0.0)
 
 
@@ -99,11 +66,8 @@ def _diagonal(key, strength, high, low, k_t, k_w, s_t, width, left,
     g = g * beta[:, :, None]
     if HAS_DECAY:
         e = tl.load(high + i)
-        if EXACT:
-            f = tl.load(low + i)
-            g *= exp2_gap(e[:, :, None], f[:, :, None], e[:, None, :], f[:, None, :], keep)
-        else:
-            g *= exp2(tl.where(keep, e[:, :, None] - e[:, None, :], float("-inf")))
+        f = tl.load(low + i) if EXACT else e
+        g *= decay_between(e[:, :, None], f[:, :, None], e[:, None, :], f[:, None, :], keep, EXACT)
     return tl.where(keep, g, 0.0)
 
 

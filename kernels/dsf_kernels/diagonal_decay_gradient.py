@@ -3,20 +3,20 @@
 import triton
 import triton.language as tl
 
-from dsf_kernels.combine import rows
-from dsf_kernels.diagonal_decay_kernels import grow, outside, product, put, tile
+from dsf_kernels.chunks import rows, two_floats
+from dsf_kernels.combine import product
+from dsf_kernels.diagonal_decay_kernels import grow, outside, put, tile
+from dsf_kernels.exponentials import LN_2, LOG2_E
 
 
 @triton.jit
 def decays_single(log, EXACT: tl.constexpr):
     """exp of a log decay; exact: to a unit in the last place however strong, -inf gives 0."""
     if EXACT:
-        wide = tl.maximum(log, -110.0).to(tl.float64) * 1.4426950408889634
-        top = wide.to(tl.float32)
-        rest = (wide - top.to(tl.float64)).to(tl.float32)
-        a = tl.exp2(top) * (1.0 + 0.6931471805599453 * rest)
+        top, rest = two_floats(tl.maximum(log, -110.0).to(tl.float64) * LOG2_E)
+        a = tl.exp2(top) * (1.0 + LN_2 * rest)
     else:
-        a = tl.exp2(log * 1.4426950408889634)
+        a = tl.exp2(log * LOG2_E)
     return a
 
 

@@ -9,12 +9,9 @@ without exchange between threads.
 import triton
 import triton.language as tl
 
-from dsf_kernels.combine import rows
-
-
-@triton.jit
-def product(x, y):
-    return x * y
+from dsf_kernels.chunks import entering, owned, rows
+from dsf_kernels.combine import product
+from dsf_kernels.exponentials import LOG2_E
 
 
 @triton.jit
@@ -67,23 +64,31 @@ def decays(log, EXACT: tl.constexpr):
     if EXACT:
         a = tl.exp(log.to(tl.float64))
     else:
-        a = tl.exp2(log * 1.4426950408889634)
+        a = tl.exp2(log * LOG2_E)
     return a
+
+
+@triton.jit
+def places(stride_n, stride_t, first, length, offset, width, PAIRED: tl.constexpr,
+           N: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr):  # fmt: skip
+    """Offsets (state, high, low) of one chunk, and which exist; PAIRED: two states in a row."""
+    column = offset + tl.arange(0, N)[:, None, None]
+    time = tl.arange(0, HIGH)[None, :, None] * LOW + tl.arange(0, LOW)[None, None, :]
+    place = time * stride_t + column * stride_n
+    if PAIRED:
+        place = tl.max_contiguous(tl.multiple_of(place, [2, 1, 1]), [2, 1, 1])
+    return place, (time < length - first) & (column < width)
 
 
 @triton.jit
 def tile(pointer, stride_n, stride_t, first, length, offset, width, PAIRED: tl.constexpr,
          FULL: tl.constexpr, N: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr):  # fmt: skip
     """(state, high, low) of one chunk as float32, 0 beyond the edges; PAIRED: by two states."""
-    column = offset + tl.arange(0, N)[:, None, None]
-    time = tl.arange(0, HIGH)[None, :, None] * LOW + tl.arange(0, LOW)[None, None, :]
-    place = time * stride_t + column * stride_n
-    if PAIRED:
-        place = tl.max_contiguous(tl.multiple_of(place, [2, 1, 1]), [2, 1, 1])
+    place, inside = places(stride_n, stride_t, first, length, offset, width, PAIRED, N, HIGH, LOW)
     if FULL:
         x = tl.load(pointer + place)
     else:
-        x = tl.load(pointer + place, (time < length - first) & (column < width), other=0.0)
+        x = tl.load(pointer + place, inside, other=0.0)
     return x.to(tl.float32)
 
 
@@ -91,16 +96,12 @@ def tile(pointer, stride_n, stride_t, first, length, offset, width, PAIRED: tl.c
 def put(pointer, x, stride_n, stride_t, first, length, offset, width, PAIRED: tl.constexpr,
         FULL: tl.constexpr, N: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr):  # fmt: skip
     """Store (state, high, low) of one chunk: the counterpart of `tile`."""
-    column = offset + tl.arange(0, N)[:, None, None]
-    time = tl.arange(0, HIGH)[None, :, None] * LOW + tl.arange(0, LOW)[None, None, :]
-    place = time * stride_t + column * stride_n
-    if PAIRED:
-        place = tl.max_contiguous(tl.multiple_of(place, [2, 1, 1]), [2, 1, 1])
+    place, inside = places(stride_n, stride_t, first, length, offset, width, PAIRED, N, HIGH, LOW)
     x = x.to(pointer.dtype.element_ty)
     if FULL:
         tl.store(pointer + place, x)
     else:
-        tl.store(pointer + place, x, (time < length - first) & (column < width))
+        tl.store(pointer + place, x, inside)
 
 
 @triton.jit(do_not_specialize=["length", "n_chunk", "q_n", "k_n", "g_n", "o_n"])
@@ -176,11 +177,7 @@ def walk_kernel(x, y, score, w, total, out, initial, final, saved,
     gradients, and the transposed score. A program owns one head and SLAB channels. `saved` gets
     the state that enters each chunk.
     """
-    n_slab = tl.cdiv(channels, SLAB)
-    program = tl.program_id(0).to(tl.int64)
-    slab, lane = program % n_slab, program // n_slab
-    batch, head = lane // n_head, lane % n_head
-    offset = slab.to(tl.int32) * SLAB
+    _, lane, batch, head, offset = owned(tl.cdiv(channels, SLAB), n_head, SLAB)
     x += lane * n_chunk * CHUNK * width
     y += lane * n_chunk * CHUNK * width
     score += lane * n_chunk * CHUNK * CHUNK
@@ -192,12 +189,8 @@ def walk_kernel(x, y, score, w, total, out, initial, final, saved,
     column = offset + tl.arange(0, SLAB)
     inside = (state[None, :] < width) & (column[:, None] < channels)
     i = tl.arange(0, CHUNK)
-    if HAS_INITIAL:
-        initial += batch * i_b + head * i_h
-        source = initial + state[None, :] * i_n + column[:, None] * i_p
-        h = tl.load(source, inside, other=0.0).to(tl.float32)
-    else:
-        h = tl.zeros([SLAB, WIDTH], tl.float32)
+    initial += batch * i_b + head * i_h
+    h = entering(initial, state[None, :], column[:, None], inside, i_n, i_p, HAS_INITIAL)
     for count in tl.range(0, n_chunk, num_stages=STAGES):
         chunk = n_chunk - 1 - count if REVERSE else count
         first = chunk * CHUNK

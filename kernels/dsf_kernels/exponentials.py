@@ -12,45 +12,30 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_E_LOW = tl.constexpr(2.0259770126e-08)  # log2(e) - float32(log2(e))
 LN_2 = tl.constexpr(0.6931471805599453)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds to an integer
-
-
 ASSEMBLY = tl.constexpr(not INTERPRETED)  # the interpreter has none
+
+
+@triton.jit
+def _instruction(x, CODE: tl.constexpr):
+    return tl.inline_asm_elementwise(CODE, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def fast_exp2(x):
     """2^x in one instruction, denormal results flushed to 0."""
-    if ASSEMBLY:
-        value = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        value = tl.exp2(x)
-    return value
+    return _instruction(x, "ex2.approx.ftz.f32 $0, $1;") if ASSEMBLY else tl.exp2(x)
 
 
 @triton.jit
 def fast_log2(x):
     """log2(x) in one instruction, to 2^-22 absolute between 1/2 and 2."""
-    if ASSEMBLY:
-        value = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        value = tl.log2(x)
-    return value
+    return _instruction(x, "lg2.approx.ftz.f32 $0, $1;") if ASSEMBLY else tl.log2(x)
 
 
 @triton.jit
 def fast_reciprocal(x):
     """1 / x in one instruction, to one unit in the last place."""
-    if ASSEMBLY:
-        value = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        value = 1.0 / x
-    return value
+    return _instruction(x, "rcp.approx.ftz.f32 $0, $1;") if ASSEMBLY else 1.0 / x
 
 
 @triton.jit

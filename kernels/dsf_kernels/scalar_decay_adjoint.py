@@ -24,8 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsf_kernels.chunk_kernel import chunk_decays, pair_decay
-from dsf_kernels.combine import rows
+from dsf_kernels.chunks import chunk_decays, pair_decay, rows
 from dsf_kernels.launch import narrow, power_of_two
 from dsf_kernels.scalar_decay_launch import Decays, Settings
 from dsf_kernels.scalar_decay_states import states_of

@@ -9,7 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dsf_kernels.chunk_kernel import chunk_kernel
-from dsf_kernels.combine import cumulate
+from dsf_kernels.chunks import cumulate
+from dsf_kernels.combine import product
+from dsf_kernels.exponentials import LN_2
 from dsf_kernels.launch import INTERPRETED, narrow, power_of_two
 from dsf_kernels.scalar_decay_short import short_kernel
 
@@ -86,11 +88,6 @@ def state_strides(state: Tensor | None) -> tuple[int, ...]:
     return (*lead, n, p) if len(lead) == 3 else (*lead, 0, n, p)
 
 
-@triton.jit
-def multiply(a, b):
-    return a * b
-
-
 @triton.jit(do_not_specialize=["n_chunk", "segment"])
 def carry_kernel(ends, starts, final, initial, high, low, n_chunk, segment, n_head, size, channels,
                  i_b, i_h, i_n, i_p, REVERSE: tl.constexpr, HAS_DECAY: tl.constexpr,
@@ -123,8 +120,8 @@ def carry_kernel(ends, starts, final, initial, high, low, n_chunk, segment, n_he
             last = chunk * CHUNK + CHUNK - 1
             known = (tl.arange(0, WHOLE) < segment) & (chunk < n_chunk)
             whole = tl.exp2(tl.load(high + last, known, other=0.0))
-            whole *= 1.0 + 0.6931471805599453 * tl.load(low + last, known, other=0.0)
-            h = h * tl.reduce(whole, 0, multiply)
+            whole *= 1.0 + LN_2 * tl.load(low + last, known, other=0.0)
+            h = h * tl.reduce(whole, 0, product)
         h += end
     tl.store(final + lane * size + place, h, inside)
 

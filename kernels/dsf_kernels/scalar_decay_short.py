@@ -7,8 +7,7 @@ products: length / 128 times the work of the serial kernel, but no chunk waits f
 import triton
 import triton.language as tl
 
-from dsf_kernels.chunk_kernel import chunk_decays, pair_decay
-from dsf_kernels.combine import rows
+from dsf_kernels.chunks import cells, chunk_decays, entering, pair_decay, rows
 
 
 @triton.jit(do_not_specialize=["length", "n_chunk", "segment"])
@@ -39,9 +38,7 @@ def short_kernel(x, y, w, out, high, low, initial, final,
     else:
         high += lane * n_chunk * CHUNK
         low += lane * n_chunk * CHUNK
-    row = tl.arange(0, WIDTH)[:, None]
-    column = offset + tl.arange(0, SLAB)[None, :]
-    inside = (row >= 0) & (column >= 0) if FULL else (row < width) & (column < channels)
+    row, column, inside = cells(offset, width, channels, FULL, WIDTH, SLAB)
     i = tl.arange(0, CHUNK)
     pair = i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :]
     own = n_chunk - 1 - task if REVERSE else task  # n_chunk or -1: the last state
@@ -66,7 +63,7 @@ def short_kernel(x, y, w, out, high, low, initial, final,
             result = tl.dot(score.to(COMPUTE), ws.to(COMPUTE), result, input_precision=PRECISION)
         if HAS_INITIAL:
             initial += batch * i_b + head * i_h
-            h = tl.load(initial + row * i_n + column * i_p, inside, other=0.0).to(tl.float32)
+            h = entering(initial, row, column, inside, i_n, i_p, True)
             faded = (h * (initial_scale * fade)).to(COMPUTE)
             result = tl.dot(xs, faded, result, input_precision=PRECISION)
         ys = rows(y, own_first, length, y_t, y_w, width, 0, FULL, CHUNK, WIDTH).to(COMPUTE)
@@ -99,7 +96,7 @@ def short_kernel(x, y, w, out, high, low, initial, final,
             state = tl.dot(tl.trans(ys), ws.to(COMPUTE), state, input_precision=PRECISION)
         if HAS_INITIAL:
             initial += batch * i_b + head * i_h
-            h = tl.load(initial + row * i_n + column * i_p, inside, other=0.0).to(tl.float32)
+            h = entering(initial, row, column, inside, i_n, i_p, True)
             state += h * (initial_scale * fade)
         final += lane * width * channels
         tl.store(final + row * channels + column, state * scale if REVERSE else state, inside)

@@ -7,8 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dsf_kernels.chunk_kernel import chunk_decays, pair_decay
-from dsf_kernels.combine import rows
+from dsf_kernels.chunks import cells, chunk_decays, entering, owned, pair_decay, rows
 from dsf_kernels.launch import narrow, power_of_two
 
 SLAB = 64
@@ -19,19 +18,15 @@ def spanning_kernel(x, y, w, extra, out, high, low, initial, saved, share,
                     length, n_chunk, n_head, width, channels, scale, initial_scale,
                     x_b, x_t, x_h, x_w, y_b, y_t, y_h, y_w, w_b, w_t, w_h, w_w,
                     e_b, e_t, e_h, e_w, i_b, i_h, i_n, i_p,
-                    X_SHARE: tl.constexpr, Y_SHARE: tl.constexpr, W_SHARE: tl.constexpr,
-                    E_SHARE: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
-                    FULL: tl.constexpr, EXACT: tl.constexpr, COMPUTE: tl.constexpr,
-                    PRECISION: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
-                    SLAB: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                    W_SHARE: tl.constexpr, E_SHARE: tl.constexpr, REVERSE: tl.constexpr,
+                    HAS_INITIAL: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr,
+                    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+                    WIDTH: tl.constexpr, SLAB: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """`extra` is what dots with `out`, `saved` the state before each chunk."""
     n_slab = tl.cdiv(channels, SLAB)
-    program = tl.program_id(0).to(tl.int64)
-    slab, lane = program % n_slab, program // n_slab
-    batch, head = lane // n_head, lane % n_head
-    offset = slab.to(tl.int32) * SLAB
-    x += batch * x_b + head // X_SHARE * x_h
-    y += batch * y_b + head // Y_SHARE * y_h
+    slab, lane, batch, head, offset = owned(n_slab, n_head, SLAB)
+    x += batch * x_b + head * x_h
+    y += batch * y_b + head * y_h
     w += batch * w_b + head // W_SHARE * w_h
     extra += batch * e_b + head // E_SHARE * e_h
     out += (batch * length * n_head + head) * channels
@@ -39,15 +34,11 @@ def spanning_kernel(x, y, w, extra, out, high, low, initial, saved, share,
     low += lane * n_chunk * CHUNK
     share += (slab * (tl.num_programs(0) // n_slab) + lane) * n_chunk * CHUNK
     saved += lane * n_chunk * width * channels
-    row = tl.arange(0, WIDTH)[:, None]
-    column = offset + tl.arange(0, SLAB)[None, :]
-    inside = (row >= 0) & (column >= 0) if FULL else (row < width) & (column < channels)
+    row, column, inside = cells(offset, width, channels, FULL, WIDTH, SLAB)
+    initial += batch * i_b + head * i_h
+    h = entering(initial, row, column, inside, i_n, i_p, HAS_INITIAL)
     if HAS_INITIAL:
-        initial += batch * i_b + head * i_h
-        h = tl.load(initial + row * i_n + column * i_p, inside, other=0.0).to(tl.float32)
         h = h * initial_scale
-    else:
-        h = tl.zeros([WIDTH, SLAB], tl.float32)
     i = tl.arange(0, CHUNK)
     pair = i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :]
     for count in tl.range(0, n_chunk, num_stages=STAGES):
@@ -108,7 +99,7 @@ def spanning_gradients(query, key, value, decays, initial, grad, grad_final, sca
             saved, shares[reverse], length, n_chunk, n_head, channels, n_state, scale,
             1.0 / scale if reverse else 1.0, *x.stride(), *y.stride(), *w.stride(),
             *extra.stride(), *((0, 0, 0, 0) if state is None else state.stride()),
-            X_SHARE=1, Y_SHARE=1, W_SHARE=n_head // w.shape[2], E_SHARE=n_head // extra.shape[2],
+            W_SHARE=n_head // w.shape[2], E_SHARE=n_head // extra.shape[2],
             REVERSE=bool(reverse), HAS_INITIAL=state is not None, WIDTH=wide, SLAB=slab,
             FULL=length % chunk == 0 and channels == wide and n_state % slab == 0,
             **settings._asdict() | {"STAGES": 1},

@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsf_kernels.chunk_kernel import chunk_decays
-from dsf_kernels.combine import rows
+from dsf_kernels.chunks import cells, chunk_decays, entering, rows
 from dsf_kernels.launch import power_of_two
 from dsf_kernels.scalar_decay_launch import Decays, Settings, form_of, starts_of, state_strides
 
@@ -20,14 +19,10 @@ def record(x, w, high, low, first_state, last_state, states, length, begin, stop
            COMPUTE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
            WIDTH: tl.constexpr, SLAB: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Write the state before each chunk, then add the chunk's outer products to it."""
-    row = tl.arange(0, WIDTH)[:, None]
-    column = offset + tl.arange(0, SLAB)[None, :]
-    inside = (row >= 0) & (column >= 0) if FULL else (row < width) & (column < channels)
+    row, column, inside = cells(offset, width, channels, FULL, WIDTH, SLAB)
+    h = entering(first_state, row, column, inside, s_n, s_p, HAS_STATE)
     if HAS_STATE:
-        h = tl.load(first_state + row * s_n + column * s_p, inside, other=0.0).to(tl.float32)
         h = h / factor
-    else:
-        h = tl.zeros([WIDTH, SLAB], tl.float32)
     for count in tl.range(0, stop - begin, num_stages=STAGES):
         chunk = stop - 1 - count if REVERSE else begin + count
         first = chunk * CHUNK
