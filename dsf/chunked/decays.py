@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dsf.chunked.layout import rows, to_chunks, wide
-from dsf.transitions._base import real_dtype
+from dsf.transitions._base import is_traced, real_dtype
 
 Parts = tuple[Tensor, Tensor | None, Tensor | None]
 """log_decay, sign, phase."""
@@ -131,7 +131,7 @@ Decays = NoDecay | ScalarDecay | DiagonalDecay
 def decay_parts(A: Any, chunk: int, dtype: torch.dtype) -> Parts:
     """log_decay, sign (without gradient) and phase (in twice the precision), cut into chunks.
 
-    (batch, chunks, head, c, state), state of size 1 for a scalar decay.
+    (batch, head, chunks, c, state), state of size 1 for a scalar decay.
     """
     real = real_dtype(dtype)
     far = wide(real, A.log_decay.device)
@@ -177,12 +177,14 @@ def block_parts(parts: Parts, size: int) -> Parts:
 
 
 def lower(S: Tensor, n_row: int, n_col: int) -> Tensor:
-    """Zero above the diagonal of blocks n_row x n_col, whatever stood there."""
+    """Zero above the diagonal of blocks n_row x n_col, whatever stood there, in place: S is a
+    product that nobody else holds.
+    """
     if n_row == 1 and n_col == 1:
-        return torch.tril(S)
+        return torch.tril(S) if is_traced() else S.tril_()  # vmap has no rule for the latter
     step = torch.arange(S.shape[-2], device=S.device)[:, None] // n_row
     other = torch.arange(S.shape[-1], device=S.device) // n_col
-    return S.masked_fill(other > step, 0.0)
+    return S.masked_fill_(other > step, 0.0)
 
 
 def _segment_sums(x: Tensor) -> Tensor:

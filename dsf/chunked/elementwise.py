@@ -26,7 +26,7 @@ def scan_elementwise(
     """Outputs and final state; `A` diagonal, all of one dtype, length a multiple of `chunk`."""
     decay, start, total = _running_decays(A, chunk, B.dtype)
     write = to_chunks(B, chunk) @ to_chunks(values, chunk)
-    # (batch, chunks, head, chunk, state, channel), taken apart along the chunk
+    # (batch, head, chunks, chunk, state, channel), taken apart along the chunk
     steps = decay[..., None].expand(*decay.shape, 1).unbind(3)
     g, local = torch.zeros_like(write[:, :, :, 0]), []
     for factor, more in zip(steps, write.unbind(3), strict=True):
@@ -40,16 +40,16 @@ def scan_elementwise(
 
 def _carry(total: Tensor, local: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The state before every chunk and after the last, summed in twice the precision."""
-    factors = total.unbind(1) if total.shape[1] > 1 else [total[:, 0]] * local.shape[1]
+    factors = total.unbind(2) if total.shape[2] > 1 else [total[:, :, 0]] * local.shape[2]
     starts = []
-    for factor, more in zip(factors, local.unbind(1), strict=True):
+    for factor, more in zip(factors, local.unbind(2), strict=True):
         starts.append(state.to(local.dtype))
         state = torch.addcmul(more.to(state.dtype), factor, state)
-    return torch.stack(starts, 1), state
+    return torch.stack(starts, 2), state
 
 
 def _running_decays(A: Any, chunk: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """a_i and D(0, i) (batch, chunks, head, c, state), D(0, c) (batch, chunks, head, state, 1).
+    """a_i and D(0, i) (batch, head, chunks, c, state), D(0, c) (batch, head, chunks, state, 1).
 
     D comes from sums of logarithms, so that a decay next to 1 does not lose by being rounded once
     a step; D(0, c) is in twice the precision.

@@ -18,19 +18,21 @@ multiple of chunk. The state comes and goes in twice the precision."""
 
 
 def to_chunks(x: Tensor, chunk: int) -> Tensor:
-    """(batch, time, head, ...) -> (batch, time/chunk, head, chunk, ...), a view.
+    """(batch, time, head, ...) -> (batch, head, time/chunk, chunk, ...), a view.
 
+    Heads come before chunks, so that the states of a head's chunks lie side by side: what is
+    carried from chunk to chunk is then one product a head, without a copy before or after it.
     Time of size 1 stays one shared chunk: what does not vary is computed once.
     """
     if x.shape[1] == 1:
-        return x.unsqueeze(3).expand(*x.shape[:3], chunk, *x.shape[3:])
-    return x.unflatten(1, (-1, chunk)).transpose(2, 3)
+        return x.transpose(1, 2).unsqueeze(3).expand(-1, -1, -1, chunk, *x.shape[3:])
+    return x.unflatten(1, (-1, chunk)).movedim(3, 1)
 
 
 def from_chunks(y: Tensor, n_output: int) -> Tensor:
-    """(batch, chunks, head, chunk * output, channel) -> (batch, chunks, chunk, head, output,
+    """(batch, head, chunks, chunk * output, channel) -> (batch, chunks, chunk, head, output,
     channel), a view: the pieces are copied into time order once, where they are joined."""
-    return y.unflatten(3, (-1, n_output)).transpose(2, 3)
+    return y.unflatten(3, (-1, n_output)).movedim(1, 3)
 
 
 def rows(x: Tensor) -> Tensor:

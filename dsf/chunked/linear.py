@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from dsf.chunked.decays import Decays, Parts, between, block_parts, numbers
 from dsf.chunked.layout import from_chunks, rows, to_chunks
+from dsf.shapes import broadcast_shapes
 from dsf.transitions._base import real_dtype
 
 BLOCK = 16
@@ -35,26 +36,25 @@ def scan_linear(
 
 
 def add_product(y: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    """y + S V in one pass where no axis has to be broadcast."""
-    if S.shape[:3] != V.shape[:3] or y.shape[:3] != V.shape[:3]:
-        return y + S @ V
-    lead = V.shape[:3]
-    return torch.baddbmm(y.flatten(0, 2), S.flatten(0, 2), V.flatten(0, 2)).unflatten(0, lead)
+    """y + S V in one pass."""
+    lead = broadcast_shapes(y.shape[:3], S.shape[:3], V.shape[:3])
+    y, S, V = (x.expand(*lead, -1, -1).flatten(0, 2) for x in (y, S, V))
+    return torch.baddbmm(y, S, V).unflatten(0, lead)
 
 
 def _carry(whole: Parts | None, local: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The state before every chunk and after the last: the same scan, a chunk to a step.
 
-    whole: the decay of each chunk, (batch, chunks or 1, head, 1, state or 1), None for 1; local:
-    what each chunk adds, (batch, chunks, head, state, channel); state in twice the precision.
+    whole: the decay of each chunk, (batch, head, chunks or 1, 1, state or 1), None for 1; local:
+    what each chunk adds, (batch, head, chunks, state, channel); state in twice the precision.
     """
     starts = []
-    for start in range(0, local.shape[1], BLOCK):
-        added = local[:, start : start + BLOCK]
-        here = None if whole is None else _cut(whole, start, added.shape[1])
+    for start in range(0, local.shape[2], BLOCK):
+        added = local[:, :, start : start + BLOCK]
+        here = None if whole is None else _cut(whole, start, added.shape[2])
         before, state = _carry_block(here, added, state)
         starts.append(before)
-    return (starts[0] if len(starts) == 1 else torch.cat(starts, 1)), state
+    return (starts[0] if len(starts) == 1 else torch.cat(starts, 2)), state
 
 
 def _carry_block(whole: Parts | None, local: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,28 +62,34 @@ def _carry_block(whole: Parts | None, local: Tensor, state: Tensor) -> tuple[Ten
 
     Only the last has to be exact over any number of blocks: its h stays in twice the precision.
     """
-    n = local.shape[1]
+    n, h = local.shape[2], state.to(local.dtype)
+    by_state = whole is not None and whole[0].shape[-1] > 1
+    if by_state:  # (batch, head, state, n, channel)
+        x, h = local.transpose(2, 3), h.unsqueeze(3)
+    else:  # (batch, head, 1, n, state * channel): the same weights for every state
+        x, h = local.flatten(3).unsqueeze(2), h.flatten(2)[:, :, None, None]
     if whole is None:
-        weights, last = local.new_ones(1, 1, 1, n + 1, n + 1), state
-    else:  # (batch, head, state or 1, n + 1, n + 1): row i, column j
-        weights = pad(between(whole), (0, 0, 1, 0), value=1.0)
-        last = numbers(block_parts(whole, n), real_dtype(state.dtype)).mT * state
-    weights = torch.tril(weights).to(local.dtype)
-    weights = torch.cat([weights[..., :n, :], pad(weights[..., n:, 1:], (1, 0))], -2)
-    x = torch.cat([state[:, None].to(local.dtype), local], 1).transpose(1, 2)
-    if weights.shape[2] == 1:
-        y = (weights.squeeze(2) @ x.flatten(3)).unflatten(3, x.shape[3:]).transpose(1, 2)
+        weights, last, added = local.new_ones(1, 1, 1, n, n).tril(-1), state, x.sum(3)
     else:
-        y = (weights @ x.transpose(2, 3)).movedim(3, 1)
-    return y[:, :n], last + y[:, n].to(last.dtype)
+        decay = between(whole).to(local.dtype)  # row i = 1..n, column j = 0..n
+        weights = torch.tril(pad(decay[..., :-1, :], (0, 0, 1, 0), value=1.0))
+        h, weights = weights[..., :1] * h, weights[..., 1:]
+        last = numbers(block_parts(whole, n), real_dtype(state.dtype)).mT * state
+        added = (decay[..., -1:, 1:] @ x).squeeze(3)
+    before = add_product(h, weights, x)
+    before = (
+        before.transpose(2, 3) if by_state else before.squeeze(2).unflatten(3, local.shape[3:])
+    )
+    return before, last + added.reshape(last.shape)
 
 
 def _cut(whole: Parts, start: int, count: int) -> Parts:
     """Chunks from `start` on as the steps of (batch, head, step, state)."""
 
     def cut(x: Tensor) -> Tensor:
-        x = x[:, start : start + count] if x.shape[1] > 1 else x.expand(-1, count, *x.shape[2:])
-        return x.squeeze(3).transpose(1, 2)
+        varies = x.shape[2] > 1
+        x = x[:, :, start : start + count] if varies else x.expand(-1, -1, count, -1, -1)
+        return x.squeeze(3)
 
     log, sign, phase = (None if x is None else cut(x) for x in whole)
     assert log is not None

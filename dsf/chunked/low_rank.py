@@ -58,7 +58,7 @@ def scan_low_rank(
 
 
 def _one_lead(*tensors: Tensor) -> list[Tensor]:
-    """The same batch, chunk and head axes on all, for joining."""
+    """The same batch, head and chunk axes on all, for joining."""
     lead = broadcast_shapes(*[x.shape[:3] for x in tensors])
     return [x.expand(*lead, *x.shape[3:]) for x in tensors]
 
@@ -101,9 +101,9 @@ def _carry(
     """
 
     def steps(x: Tensor) -> Sequence[Tensor]:
-        return x.unbind(1) if x.shape[1] > 1 else [x[:, 0]] * local.shape[1]
+        return x.unbind(2) if x.shape[2] > 1 else [x[:, :, 0]] * local.shape[2]
 
-    factors: Sequence[Tensor | None] = [None] * local.shape[1]
+    factors: Sequence[Tensor | None] = [None] * local.shape[2]
     if whole is not None:
         factors = steps(numbers(whole, real_dtype(state.dtype)).mT)
     starts, erased = [], []
@@ -116,4 +116,4 @@ def _carry(
         state = state + new if factor is None else torch.addcmul(new, factor, state)
         starts.append(start)
         erased.append(w)
-    return torch.stack(starts, 1), torch.stack(erased, 1), state
+    return torch.stack(starts, 2), torch.stack(erased, 2), state
