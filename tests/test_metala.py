@@ -259,17 +259,6 @@ def test_overwriting_one_row():
     near(state[0, 0, 1:], old[0, 0, 1:] + new[0, 0, 0])
 
 
-@pytest.mark.parametrize(("alpha", "largest"), [(0.5, 1.126e13), (0.9, 3.493), (0.99, 0.03273)])
-def test_a_fixed_decay_needs_keys_without_bound(alpha, largest):
-    """The keys that give a uniform row of length 50 with q = 1, solved from the map itself."""
-    decay = torch.full((1, 50, 1, 1), alpha, dtype=torch.float64)
-    one = torch.ones(1, 50, 1, 1, dtype=torch.float64)
-    r = dsf.Recurrence(Diagonal.from_decay(decay), one[..., None], one[..., None])
-    row = dsf.materialise(r, slice(49, 50))[0, 0, 0]
-    key = (1 / 50) / row
-    assert abs(float(key.abs().max()) / largest - 1) < 1e-3
-
-
 def test_order_and_monotone_single_channel():
     r = core()[3]
     weights = dsf.materialise(r)[0, 0]
