@@ -1,0 +1,139 @@
+"""Which linear models can take the place of a real softmax head, by MetaLA's conditions?
+
+Left: the table of the paper, every verdict from a construction that is run (`dsf.measures.
+conditions`). Right: what a fixed decay costs on real heads. Every head of MiniLM reads a text, its
+queries and keys under a causal mask give a map p, and a model with a channel for each row needs
+keys p_tj / a^(t-j): the largest over all rows up to a length, against the 1 that is enough without
+a decay and, without any key, with a dynamic one. The first head is built and its map compared.
+
+    python analyses/metala_conditions.py                  # the whole text, about ten seconds
+    python analyses/metala_conditions.py --tokens 64 --decays 0.5 0.9
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+import dsf
+from dsf import plot, results
+from dsf._panels import new_figure
+from dsf.measures.conditions import FAMILIES, conditions, static_approximation
+from dsf.pretrained import minilm
+from dsf.wrappers import core
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT = 64
+"""Tokens of the map that is built as a recurrence: it takes a state for every token."""
+NAMES = {
+    "C0": "C0\nlinear\ncost", "C1": "C1\ndynamic\nmemory", "C2": "C2\nany\nmap",
+    "C3": "C3\nfewest\ngroups",
+}  # fmt: skip
+
+
+def main() -> None:
+    """Maps of real heads, the keys they need, the table, the figure."""
+    args = _arguments()
+    torch.set_num_threads(1)
+    maps = causal_maps(args.text.read_text(encoding="utf-8"), args.tokens)
+    lengths = np.unique(np.linspace(2, maps.shape[-1], 40).astype(int))
+    needed = [[largest_keys(m, a, lengths) for m in maps] for a in args.decays]
+    data = xr.Dataset(
+        {"largest_key": (("decay", "head", "length"), np.array(needed),
+                         {"units": "1", "long_name": "largest key that a fixed decay needs"})},
+        coords={"decay": args.decays, "length": lengths},
+        attrs={"model": "all-MiniLM-L6-v2", "text": args.text.name,
+               "dsf_version": dsf.__version__},
+    )  # fmt: skip
+    table = conditions()
+    first = maps[0][:BUILT, :BUILT]
+    for name in ("metala", "linear_attention", "retention"):
+        _, made = static_approximation(FAMILIES[name], first, decay=args.decays[0])
+        data.attrs[f"error_{name}"] = float(made.error)
+        print(f"{name:>17} built for one head: error {float(made.error):.1e}, "
+              f"largest key {float(made.largest_key):.3g}")  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    written = [results.save(data.merge(table), args.out / "metala_conditions.nc", overwrite=True)]
+    figure = draw(data, table)
+    written += [
+        plot.save_figure(figure, args.out / f"metala_conditions.{k}") for k in ("pdf", "png")
+    ]
+    table.to_dataframe().to_csv(args.out / "metala_conditions.csv")
+    for path in [*written, args.out / "metala_conditions.csv"]:
+        print(f"wrote {path}")
+
+
+@torch.no_grad()
+def causal_maps(text: str, tokens: int) -> Tensor:
+    """(layer * head, query, key): softmax of every head's own queries and keys, no look ahead."""
+    model, tokenizer = minilm()
+    inputs = dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens))
+    found = []
+    for trace in dsf.trace(model, inputs).values():
+        rows: Any = core(trace.recurrence).C
+        rows = dataclasses.replace(rows, causal=True, key_mask=None, bias=None)
+        whole = slice(0, rows.query.shape[1])
+        found.append(torch.softmax(rows.logits(whole, whole).double(), -1)[0])
+    return torch.cat(found)
+
+
+def largest_keys(weights: Tensor, decay: float, lengths: np.ndarray) -> np.ndarray:
+    """max p_tj / decay^(t-j) over t < n, for every n of `lengths`."""
+    lag = torch.arange(len(weights))[:, None] - torch.arange(len(weights))
+    keys = torch.where(lag >= 0, weights * decay ** -lag.double(), 0.0)
+    return keys.amax(1).cummax(0).values[torch.from_numpy(lengths) - 1].numpy()
+
+
+def draw(data: xr.Dataset, table: xr.Dataset) -> Any:
+    """The table as marks beside the keys that are needed, median and range over heads."""
+    with plot.styled():
+        figure = new_figure((7.0, 3.1))
+        marks, keys = figure.subplots(1, 2, width_ratios=(1.0, 1.25))
+        systems = [str(s) for s in table.system.values]
+        for x, condition in enumerate(NAMES):
+            for y, system in enumerate(systems):
+                yes = int(table[condition].sel(system=system)) == 1
+                marks.plot(x, y, "o", color="C0" if yes else "0.6", markersize=5,
+                           fillstyle="full" if yes else "none")  # fmt: skip
+        marks.set_xticks(range(len(NAMES)), list(NAMES.values()))
+        marks.xaxis.tick_top()
+        marks.set_yticks(range(len(systems)), systems)
+        marks.set_ylim(len(systems) - 0.4, -0.6)
+        marks.set_xlim(-0.5, len(NAMES) - 0.5)
+        marks.tick_params(length=0)
+        marks.spines[:].set_visible(False)
+        for decay in data.decay.values:
+            line = data.largest_key.sel(decay=decay)
+            (middle,) = keys.semilogy(data.length, line.median("head"), label=f"decay {decay:g}")
+            keys.fill_between(data.length, line.min("head"), line.max("head"), alpha=0.15,
+                              color=middle.get_color(), linewidth=0)  # fmt: skip
+        keys.axhline(1.0, color="black", linewidth=1, linestyle="--",
+                     label="no decay, or tied to the key")  # fmt: skip
+        marks.set_title("(a) verdicts", loc="left")
+        keys.set_title("(b) what a fixed decay needs, MiniLM's heads", loc="left")
+        keys.set_xlabel("tokens")
+        keys.set_ylabel("largest key needed")
+        keys.legend(loc="upper left")
+    return figure
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--text", type=Path, default=ROOT / "data" / "origin_of_species.txt")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--decays", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.99])
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "metala_conditions")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
