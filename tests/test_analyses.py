@@ -15,6 +15,10 @@ needs_weights = pytest.mark.skipif(
 )
 
 SMALL = {
+    "memory_horizon": (
+        ["--tokens", "12", "--systems", "gla", "rglru"],
+        ["nc", "csv", "pdf", "png"],
+    ),
     "metala_conditions": (["--tokens", "12"], ["nc", "csv", "pdf", "png"]),
 }
 """Script: its arguments for a quick run, what it writes."""
