@@ -28,21 +28,21 @@ that span its step (pairs j < t <= i, rows i >= t that read H, rows j < t that H
 e_c H . dH'), never a difference of prefix sums: exact where decays are 0.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from dsf_kernels.delta_launch import Plan, products
-from dsf_kernels.launch import check_kind, check_tensor, on_device
+from dsf_kernels.launch import (
+    check_kind,
+    check_matrix_state,
+    check_scale,
+    check_tensor,
+    on_device,
+    over_groups,
+    start_state,
+)
 
 MAX_WIDTH = 128  # wider states were not yet seen right on a GPU
-
-
-def _start(value: Tensor, n_state: int, initial: Tensor | None) -> Tensor:
-    shape = (value.shape[0], value.shape[2], n_state, value.shape[3])
-    zero = value.new_zeros(shape, dtype=torch.float32)
-    return zero if initial is None else zero + initial
 
 
 def _solved(value: Tensor, n_state: int) -> Tensor:
@@ -62,7 +62,7 @@ def _forward(
     batch, length, n_head, channels = value.shape
     out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     if min(batch, length, n_head, channels) == 0:
-        return out, _start(value, key.shape[3], initial), _solved(value, key.shape[3])
+        return out, start_state(value, key.shape[3], initial), _solved(value, key.shape[3])
     final = value.new_empty((batch, n_head, key.shape[3], channels), dtype=torch.float32)
     with on_device(value):
         plan = Plan(key, strength, log_decay, channels)
@@ -93,7 +93,7 @@ def _adjoint(
             torch.zeros(query.shape, dtype=query.dtype, device=device),
             torch.zeros(key.shape, dtype=key.dtype, device=device),
             grad_value, steps, steps[:, : decay_grad * length].clone(),
-            _start(value, n_state, grad_final),
+            start_state(value, n_state, grad_final),
         )  # fmt: skip
     with on_device(value):
         plan = Plan(key, strength, log_decay, channels, solved)
@@ -113,16 +113,9 @@ def _adjoint(
     if not decay_grad:
         grad_decay = grad_decay[:, :0].clone()
     return (
-        _over_groups(grad_query, query), _over_groups(grad_key, key), grad_value, grad_strength,
+        over_groups(grad_query, query), over_groups(grad_key, key), grad_value, grad_strength,
         grad_decay, grad_initial,
     )  # fmt: skip
-
-
-def _over_groups(grad: Tensor, like: Tensor) -> Tensor:
-    """Sum of the heads that share a group, in float32, in the type of `like`."""
-    if grad.shape == like.shape:
-        return grad
-    return grad.unflatten(2, (like.shape[2], -1)).sum(3, dtype=torch.float32).to(like.dtype)
 
 
 @_adjoint.register_fake
@@ -168,35 +161,11 @@ def _checked(function, query, key, value, strength, log_decay, initial_state):
     names = {"value": value, "query": query, "key": key, "write_strength": strength,
              "log_decay": log_decay, "initial_state": initial_state}  # fmt: skip
     check_kind(function, names)
-    check_tensor(function, "value", value, dict.fromkeys(("batch", "time", "head", "channel")), "")
-    batch, length, n_head, channels = value.shape
-    n_state = key.shape[-1]
-    for name in ("key", "query"):
-        sizes = {"batch": batch, "time": length, "group": None, "state": n_state}
-        check_tensor(function, name, names[name], sizes, "sizes are fixed by value and key")
-        groups = names[name].shape[2]
-        if n_head and (groups == 0 or n_head % groups):
-            raise ValueError(
-                f"dsf_kernels.{function}: {name}: expected a group count that divides "
-                f"head={n_head}, got {groups}."
-            )
-        if names[name].dtype != value.dtype:
-            raise TypeError(
-                f"dsf_kernels.{function}: {name}: expected {value.dtype}, the type of value, "
-                f"got {names[name].dtype}."
-            )
-    if max(n_state, channels) > MAX_WIDTH or min(n_state, channels) < 1:
-        raise ValueError(
-            f"dsf_kernels.{function}: expected state and channel from 1 to {MAX_WIDTH}, got "
-            f"state={n_state}, channel={channels}."
-        )
-    sizes = {"batch": batch, "time": length, "head": n_head}
+    check_matrix_state(function, query, key, value, initial_state, MAX_WIDTH)
+    sizes = dict(zip(("batch", "time", "head"), value.shape, strict=False))
     for name in ("write_strength", "log_decay"):
         if names[name] is not None:
             check_tensor(function, name, names[name], sizes, "one number a token and head")
-    if initial_state is not None:
-        sizes = {"batch": batch, "head": n_head, "state": n_state, "channel": channels}
-        check_tensor(function, "initial_state", initial_state, sizes, "fixed by key and value")
 
 
 def delta_scan(
@@ -231,10 +200,7 @@ def delta_scan(
     Source: Yang et al. 2024 (DeltaNet, chunk form), Yang, Kautz, Hatamizadeh 2024 (gated);
     measured figures in kernels/README.md.
     """
-    if scale == 0 or not math.isfinite(scale):
-        raise ValueError(
-            f"dsf_kernels.delta_scan: scale: expected a finite nonzero number, got {scale}."
-        )
+    check_scale("delta_scan", scale)
     _checked("delta_scan", query, key, value, write_strength, log_decay, initial_state)
     tensors = (query, key, value, write_strength, log_decay, initial_state)
     return _forward(*tensors, float(scale))[:2]
@@ -257,8 +223,8 @@ def delta_summary(
     n_state = key.shape[3]
     one = torch.eye(n_state, device=value.device).expand(batch, n_head, n_state, n_state)
     if min(batch, length, n_head) == 0:
-        return one.contiguous(), _start(value, n_state, None)
-    total, end = value.new_empty(one.shape), _start(value, n_state, None)
+        return one.contiguous(), start_state(value, n_state, None)
+    total, end = value.new_empty(one.shape), start_state(value, n_state, None)
     nothing = value.new_zeros(()).expand(batch, length, n_head, n_state)
     with on_device(value):
         plan = Plan(key, write_strength, log_decay, channels)

@@ -17,23 +17,23 @@ their gradients at the chunks' ends with the gradients of the values, and a kern
 chunks for the rest. The gradient of a log decay sums the pairs that span the token, cut by cut.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from dsf_kernels.diagonal_decay_launch import Chunks
-from dsf_kernels.launch import INTERPRETED, check_kind, check_tensor, on_device
+from dsf_kernels.launch import (
+    INTERPRETED,
+    check_kind,
+    check_scale,
+    check_tensor,
+    check_type,
+    on_device,
+    start_state,
+)
 
 MAX_WIDTH = 128
 SMALL = 16
-
-
-def _start(value: Tensor, n_state: int, initial: Tensor | None) -> Tensor:
-    shape = (value.shape[0], value.shape[2], n_state, value.shape[3])
-    zero = value.new_zeros(shape, dtype=torch.float32)
-    return zero if initial is None else zero + initial
 
 
 @torch.library.custom_op("dsf::diagonal_decay_scan", mutates_args=())
@@ -43,7 +43,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     if value.numel() == 0:
-        return out, _start(value, key.shape[3], initial)
+        return out, start_state(value, key.shape[3], initial)
     shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
     final = value.new_empty(shape, dtype=torch.float32)
     with on_device(value):
@@ -64,7 +64,7 @@ def _adjoint(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, initial: Tensor | None,
     grad: Tensor, grad_final: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_initial = _start(value, key.shape[3], grad_final)
+    grad_initial = start_state(value, key.shape[3], grad_final)
     grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     if value.numel() == 0:
         zeros = [torch.zeros(t.shape).to(t) for t in (query, key, log_decay)]
@@ -122,12 +122,7 @@ def _check(function, query, key, value, log_decay, bonus, initial_state):
     sizes = {"batch": batch, "time": length, "head": n_head, "state": n_state}
     for name in ("key", "query", "log_decay"):
         check_tensor(function, name, names[name], sizes, "sizes are fixed by value and key")
-    for name in ("key", "query"):
-        if names[name].dtype != value.dtype:
-            raise TypeError(
-                f"dsf_kernels.{function}: {name}: expected {value.dtype}, the type of value, "
-                f"got {names[name].dtype}."
-            )
+    check_type(function, "value", {"value": value, "key": key, "query": query})
     if bonus is not None:
         sizes = {"head": n_head, "state": n_state}
         check_tensor(function, "bonus", bonus, sizes, "sizes are fixed by key")
@@ -228,11 +223,7 @@ def diagonal_decay_scan(
     Source: Yang et al. 2024 (GLA, section 4, chunk form), Peng et al. 2024 (RWKV-6), Chou et al.
     2024 (MetaLA), Qin et al. 2024 (HGRN2); measured figures in kernels/README.md.
     """
-    if scale == 0 or not math.isfinite(scale):
-        raise ValueError(
-            "dsf_kernels.diagonal_decay_scan: scale: expected a finite nonzero number, "
-            f"got {scale}."
-        )
+    check_scale("diagonal_decay_scan", scale)
     if key is None:
         key = -torch.expm1(log_decay.float()).to(value.dtype)
     query, key, log_decay = (_every_head(t, value) for t in (query, key, log_decay))

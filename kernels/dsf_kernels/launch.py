@@ -1,6 +1,7 @@
-"""What every kernel does before its launch: checks with one form of message, and settings."""
+"""What every kernel does around its launch: checks with one form of message, and settings."""
 
 import contextlib
+import math
 import os
 
 import torch
@@ -51,6 +52,57 @@ def check_kind(function: str, tensors: dict[str, Tensor | None]) -> None:
         )
 
 
+def check_scale(function: str, scale: float) -> None:
+    """Raise unless the factor on the outputs is finite and not 0."""
+    if scale == 0 or not math.isfinite(scale):
+        raise ValueError(
+            f"dsf_kernels.{function}: scale: expected a finite nonzero number, got {scale}."
+        )
+
+
+def check_type(function: str, like: str, tensors: dict[str, Tensor | None]) -> None:
+    """Raise unless all tensors are of the type of the one named `like`."""
+    first = tensors[like]
+    assert first is not None
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != first.dtype:
+            raise TypeError(
+                f"dsf_kernels.{function}: {name}: expected {first.dtype}, the type of {like}, "
+                f"got {tensor.dtype}."
+            )
+
+
+def check_matrix_state(
+    function: str, query: Tensor, key: Tensor, value: Tensor, initial: Tensor | None, widest: int
+) -> None:
+    """Raise unless these fit a (state, channel) matrix a head, whose keys may serve several heads.
+
+    query, key (batch, time, group, state), group dividing head; value (batch, time, head,
+    channel); initial (batch, head, state, channel) or None; state and channel 1 to `widest`.
+    """
+    check_tensor(function, "value", value, dict.fromkeys(("batch", "time", "head", "channel")), "")
+    batch, length, n_head, channels = value.shape
+    n_state = key.shape[-1] if key.shape else 0
+    sizes = {"batch": batch, "time": length, "group": None, "state": n_state}
+    for name, tensor in {"key": key, "query": query}.items():
+        check_tensor(function, name, tensor, sizes, "sizes are fixed by value and key")
+        groups = tensor.shape[2]
+        if n_head and (groups == 0 or n_head % groups):
+            raise ValueError(
+                f"dsf_kernels.{function}: {name}: expected a group count that divides "
+                f"head={n_head}, got {groups}."
+            )
+    check_type(function, "value", {"value": value, "key": key, "query": query})
+    if max(n_state, channels) > widest or min(n_state, channels) < 1:
+        raise ValueError(
+            f"dsf_kernels.{function}: expected state and channel from 1 to {widest}, got "
+            f"state={n_state}, channel={channels}."
+        )
+    if initial is not None:
+        sizes = {"batch": batch, "head": n_head, "state": n_state, "channel": channels}
+        check_tensor(function, "initial_state", initial, sizes, "fixed by key and value")
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Make the tensor's GPU the current one for a launch."""
     if tensor.device.type == "cuda":
@@ -66,6 +118,20 @@ def narrow(tensor: Tensor, axis: int) -> Tensor:
     """
     wide = any(abs(step) > MAX_TILE_STRIDE for step in (tensor.stride(axis), tensor.stride(-1)))
     return tensor.contiguous() if wide and tensor.numel() else tensor
+
+
+def start_state(value: Tensor, n_state: int, initial: Tensor | None) -> Tensor:
+    """The state (batch, head, state, channel) before the first step, in float32: zero for None."""
+    shape = (value.shape[0], value.shape[2], n_state, value.shape[3])
+    zero = value.new_zeros(shape, dtype=torch.float32)
+    return zero if initial is None else zero + initial
+
+
+def over_groups(grad: Tensor, like: Tensor) -> Tensor:
+    """Sum of the heads that share a group, in float32, in the type of `like`."""
+    if grad.shape == like.shape:
+        return grad.to(like.dtype)
+    return grad.unflatten(2, (like.shape[2], -1)).sum(3, dtype=torch.float32).to(like.dtype)
 
 
 def power_of_two(size: int, least: int = 1) -> int:

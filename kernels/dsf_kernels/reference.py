@@ -72,6 +72,25 @@ def _run(function, tensors, grads, options):
     return {"output": outputs[0].detach(), "final state": outputs[1].detach()} | gradients
 
 
+def _found(kernel, tensors, seed, options):
+    """A kernel's outputs and gradients; its arguments and random output gradients in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        shapes = kernel(**tensors, **options)
+    grads = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in shapes]
+    found = _run(kernel, tensors, grads, options)
+    exact = {k: v if v is None else v.double() for k, v in tensors.items()}
+    return found, exact, [g.double() for g in grads]
+
+
+def _worst(value, true, unit):
+    """Largest error over `unit`, beyond half an ulp and underflow; inf where not finite."""
+    error = (value.double() - true).abs() - HALF_ULP[value.dtype] * true.abs() - UNDERFLOW
+    ratio = torch.where(error > 0, error / unit, torch.zeros_like(error))
+    ratio = torch.where(torch.isfinite(value), ratio, math.inf)
+    return float(ratio.max()) if ratio.numel() else 0.0
+
+
 def error_units(kernel, reference, tensors, logs=(), *, unit=2.0**-24, seed=0, **options):
     """Largest error of a kernel's outputs and of every gradient: {name: units}.
 
@@ -81,24 +100,13 @@ def error_units(kernel, reference, tensors, logs=(), *, unit=2.0**-24, seed=0, *
     that operands are rounded to. `tensors`: {argument: tensor or None}, of unit size: differences
     below 2^-120 are float32 underflow and count 0. A non-finite result gives inf.
     """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        shapes = kernel(**tensors, **options)
-    grads = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in shapes]
-    found = _run(kernel, tensors, grads, options)
-    exact = {k: v if v is None else v.double() for k, v in tensors.items()}
-    truth = _run(reference, exact, [g.double() for g in grads], options)
+    found, exact, grads = _found(kernel, tensors, seed, options)
+    truth = _run(reference, exact, grads, options)
     size = {k: v if v is None or k in logs else v.abs() for k, v in exact.items()}
-    bound = _run(reference, size, [g.double().abs() for g in grads], options)
-    units = {}
-    for name, value in found.items():
-        error = (value.double() - truth[name]).abs()
-        error = error - HALF_ULP[value.dtype] * truth[name].abs() - UNDERFLOW
-        scale = bound[name].abs()
-        ratio = torch.where(error > 0, error / (unit * scale), torch.zeros_like(error))
-        ratio = torch.where(torch.isfinite(value), ratio, math.inf)
-        units[name] = float(ratio.max()) if ratio.numel() else 0.0
-    return units
+    bound = _run(reference, size, [g.abs() for g in grads], options)
+    return {
+        name: _worst(value, truth[name], unit * bound[name].abs()) for name, value in found.items()
+    }
 
 
 def delta_scan_reference(
@@ -160,24 +168,18 @@ def row_units(kernel, reference, tensors, *, unit=2.0**-24, seed=0, **options):
     transitions such as I - b k k^T, whose run on absolute values grows without bound: rounding
     there is bounded by norms, not by signs. Otherwise as `error_units`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        shapes = kernel(**tensors, **options)
-    grads = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in shapes]
-    found = _run(kernel, tensors, grads, options)
-    exact = {k: v if v is None else v.double() for k, v in tensors.items()}
-    truth = _run(reference, exact, [g.double() for g in grads], options)
-    units = {}
-    for name, value in found.items():
-        true = truth[name]
-        error = (value.double() - true).abs() - HALF_ULP[value.dtype] * true.abs() - UNDERFLOW
-        if not error.numel():
-            units[name] = 0.0
-            continue
-        size = true.abs().amax(-1, keepdim=True).clamp_min(true.square().mean().sqrt())
-        ratio = torch.where(error > 0, error / (unit * size), torch.zeros_like(error))
-        units[name] = float(torch.where(torch.isfinite(value), ratio, math.inf).max())
-    return units
+    found, exact, grads = _found(kernel, tensors, seed, options)
+    truth = _run(reference, exact, grads, options)
+    return {
+        name: _worst(value, truth[name], unit * _row_size(truth[name]))
+        for name, value in found.items()
+    }
+
+
+def _row_size(true):
+    if not true.numel():
+        return true
+    return true.abs().amax(-1, keepdim=True).clamp_min(true.square().mean().sqrt())
 
 
 def diagonal_decay_scan_reference(

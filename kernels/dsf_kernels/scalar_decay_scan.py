@@ -16,13 +16,20 @@ share query and key, they come from the states at the edges of the chunks (scala
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsf_kernels.launch import check_kind, check_tensor, on_device
+from dsf_kernels.launch import (
+    check_kind,
+    check_matrix_state,
+    check_scale,
+    check_tensor,
+    on_device,
+    over_groups,
+    start_state,
+)
 from dsf_kernels.operators import operator
 from dsf_kernels.scalar_decay_adjoint import adjoint
 from dsf_kernels.scalar_decay_launch import Decays, run, settings_of, walk
@@ -32,12 +39,6 @@ MAX_WIDTH = 256
 PARALLEL, MAX_PARALLEL = (torch.bfloat16,), 128  # where chunks in parallel were checked on a GPU
 
 
-def _start(value: Tensor, n_state: int, initial: Tensor | None) -> Tensor:
-    shape = (value.shape[0], value.shape[2], n_state, value.shape[3])
-    zero = value.new_zeros(shape, dtype=torch.float32)
-    return zero if initial is None else zero + initial
-
-
 def _run(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, initial: Tensor | None,
     scale: float,
@@ -45,7 +46,7 @@ def _run(
     batch, length, n_head, channels = value.shape
     out = value.new_empty(value.shape)
     if min(batch, length, n_head, channels) == 0:
-        return out, _start(value, key.shape[3], initial)
+        return out, start_state(value, key.shape[3], initial)
     final = value.new_empty((batch, n_head, key.shape[3], channels), dtype=torch.float32)
     settings = settings_of(value.dtype, key.shape[3])
     with on_device(value):
@@ -70,7 +71,12 @@ def _run_adjoint(
         zeros = torch.zeros(query.shape).to(query), torch.zeros(key.shape).to(key)
         rows = length if decay_grad else 0
         grad_decay = value.new_zeros((batch, rows, n_head), dtype=torch.float32)
-        return *zeros, value.new_zeros(value.shape), grad_decay, _start(value, n_state, grad_final)
+        return (
+            *zeros,
+            value.new_zeros(value.shape),
+            grad_decay,
+            start_state(value, n_state, grad_final),
+        )
     settings = settings_of(value.dtype, max(n_state, channels))
     shared = min(query.shape[2], key.shape[2]) < n_head
     parallel = value.dtype in PARALLEL and max(n_state, channels) <= MAX_PARALLEL
@@ -82,7 +88,7 @@ def _run_adjoint(
         else:
             grads = _serial_adjoint(*arguments, decay_grad, settings)
     grad_query, grad_key, grad_value, grad_decay, grad_initial = grads
-    grad_query, grad_key = _over_groups(grad_query, query), _over_groups(grad_key, key)
+    grad_query, grad_key = over_groups(grad_query, query), over_groups(grad_key, key)
     if grad_decay is None or not decay_grad:
         grad_decay = value.new_empty((batch, 0, n_head), dtype=torch.float32)
     return grad_query, grad_key, grad_value, grad_decay, grad_initial
@@ -110,13 +116,6 @@ def _serial_adjoint(
     run(key, query, grad, grad_value, settings, scale, decays=decays, initial=grad_final,
         final=grad_initial, reverse=True)  # fmt: skip
     return grad_query, grad_key, grad_value, grad_decay, grad_initial
-
-
-def _over_groups(grad: Tensor, like: Tensor) -> Tensor:
-    """Sum of the heads that share a group, in float32, in the type of `like`."""
-    if grad.shape == like.shape:
-        return grad.to(like.dtype)
-    return grad.unflatten(2, (like.shape[2], -1)).sum(3, dtype=torch.float32).to(like.dtype)
 
 
 def _fake_adjoint(query, key, value, log_decay, initial, grad, grad_final, scale, decay_grad):
@@ -171,34 +170,10 @@ def _check(function, query, key, value, log_decay, initial_state):
     names = {"value": value, "query": query, "key": key, "log_decay": log_decay,
              "initial_state": initial_state}  # fmt: skip
     check_kind(function, names)
-    check_tensor(function, "value", value, dict.fromkeys(("batch", "time", "head", "channel")), "")
-    batch, length, n_head, channels = value.shape
-    n_state = key.shape[-1] if key.shape else 0
-    for name in ("key", "query"):
-        sizes = {"batch": batch, "time": length, "group": None, "state": n_state}
-        check_tensor(function, name, names[name], sizes, "sizes are fixed by value and key")
-        groups = names[name].shape[2]
-        if n_head and (groups == 0 or n_head % groups):
-            raise ValueError(
-                f"dsf_kernels.{function}: {name}: expected a group count that divides "
-                f"head={n_head}, got {groups}."
-            )
-        if names[name].dtype != value.dtype:
-            raise TypeError(
-                f"dsf_kernels.{function}: {name}: expected {value.dtype}, the type of value, "
-                f"got {names[name].dtype}."
-            )
-    if max(n_state, channels) > MAX_WIDTH or min(n_state, channels) < 1:
-        raise ValueError(
-            f"dsf_kernels.{function}: expected state and channel from 1 to {MAX_WIDTH}, got "
-            f"state={n_state}, channel={channels}."
-        )
-    if initial_state is not None:
-        sizes = {"batch": batch, "head": n_head, "state": n_state, "channel": channels}
-        check_tensor(function, "initial_state", initial_state, sizes, "fixed by key and value")
+    check_matrix_state(function, query, key, value, initial_state, MAX_WIDTH)
     if log_decay is not None:
-        sizes = {"batch": batch, "time": length, "head": n_head}
-        sizes = {"head": n_head} if len(log_decay.shape) == 1 else sizes
+        sizes = dict(zip(("batch", "time", "head"), value.shape, strict=False))
+        sizes = {"head": sizes["head"]} if len(log_decay.shape) == 1 else sizes
         check_tensor(function, "log_decay", log_decay, sizes, "sizes are fixed by value")
 
 
@@ -234,10 +209,7 @@ def scalar_decay_scan(
     Source: Dao and Gu 2024 (state space duality, section 6), Yang et al. 2024 (chunk form);
     measured figures in kernels/README.md.
     """
-    if scale == 0 or not math.isfinite(scale):
-        raise ValueError(
-            f"dsf_kernels.scalar_decay_scan: scale: expected a finite nonzero number, got {scale}."
-        )
+    check_scale("scalar_decay_scan", scale)
     log_decay = _checked("scalar_decay_scan", query, key, value, log_decay, initial_state)
     return _forward(query, key, value, log_decay, initial_state, float(scale))
 
@@ -257,7 +229,7 @@ def scalar_decay_summary(
     total = value.new_zeros((batch, n_head), dtype=torch.float32)
     if log_decay is not None:
         total = log_decay.sum(1, dtype=torch.float32)
-    end = _start(value, key.shape[3], None)
+    end = start_state(value, key.shape[3], None)
     if end.numel() and length:
         settings = settings_of(value.dtype, key.shape[3])
         with on_device(value):

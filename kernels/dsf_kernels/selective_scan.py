@@ -13,7 +13,7 @@ added in a fixed order: results repeat bit for bit.
 import torch
 from torch import Tensor
 
-from dsf_kernels.launch import check_kind, check_tensor
+from dsf_kernels.launch import check_kind, check_tensor, check_type
 from dsf_kernels.selective_launch import (
     empty_grads,
     launch_adjoint,
@@ -113,13 +113,7 @@ def _checked(function, u, step_size, A, B, C, D, z, bias, initial_state):
             f"dsf_kernels.{function}: B, C: expected one group count that divides "
             f"channel={channels}, got {n_group} and {C.shape[2]}."
         )
-    for name in ("step_size", "z", "B", "C"):
-        tensor = names[name]
-        if tensor is not None and tensor.dtype != u.dtype:
-            raise TypeError(
-                f"dsf_kernels.{function}: {name}: expected {u.dtype}, the type of u, "
-                f"got {tensor.dtype}."
-            )
+    check_type(function, "u", {"u": u, "step_size": step_size, "z": z, "B": B, "C": C})
 
 
 def selective_scan(
