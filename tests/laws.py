@@ -26,9 +26,6 @@ BASIS_RTOL = 1e-9
 ADJOINT_RTOL = 1e-12
 """Inner products, float64."""
 
-TILE_RTOL = 1e-14
-"""A tile against the slice of the whole map, float64, relative to the largest entry."""
-
 ROUND_OFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 

@@ -8,6 +8,7 @@ options than its `small` is tested with `check_all(layer, x)`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -241,3 +242,14 @@ def check_all(layer: SequenceMixer, x: Tensor) -> None:
     """Every law that concerns this layer."""
     for law in [*LAWS, *(CAUSAL_LAWS if layer.is_causal else [])]:
         law(layer, x)
+
+
+def check_linearisation(
+    layer: SequenceMixer, x: Tensor, tolerance: float, function: Callable | None = None
+) -> None:
+    """The map of `layer.linearized(x)` is the Jacobian of `function` (the layer) at one sample."""
+    system = layer.linearized(x)
+    assert system.mode == "linearised"
+    jacobian = torch.autograd.functional.jacobian(function or layer, x)[0, :, :, 0]
+    found = dsf.materialise(system)[0, 0].detach()
+    assert_near("Jacobian", found, jacobian.permute(0, 2, 1, 3), tolerance)

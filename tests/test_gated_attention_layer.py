@@ -11,22 +11,10 @@ from dsf.models.gated_attention import GatedAttention
 
 EXACT = 1e-13
 SAME = 1e-14
-SLACK = 1e-15
 
 
 def near(got, expected, tolerance=EXACT):
     assert_near("difference", got, expected, tolerance)
-
-
-def qkv(length=20, head=2, width=4, channel=3):
-    return (normal(2, length, head, width), normal(2, length, head, width, seed=1),
-            normal(2, length, head, channel, seed=2))  # fmt: skip
-
-
-def weights_of(q, k):
-    logits = torch.einsum("bthf,bshf->bhts", q, k) * q.shape[-1] ** -0.5
-    seen = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
-    return torch.softmax(logits.masked_fill(~seen, -torch.inf), -1)
 
 
 def gate(*shape, seed=9):

@@ -26,7 +26,6 @@ from dsf.wrappers import core
 EXACT = 1e-12
 ROWS = 1e-13
 SLACK = 1e-10
-SHIFTED = 1e-10
 RANK_THRESHOLD = 1e-12
 
 

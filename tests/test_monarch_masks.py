@@ -18,10 +18,7 @@ from dsf.models.monarch_attention import (
 from dsf.wrappers import core
 
 EXACT = 1e-12
-ROWS = 1e-13
-SLACK = 1e-10
 SHIFTED = 1e-10
-RANK_THRESHOLD = 1e-12
 
 
 def near(got, expected, tolerance=EXACT):
@@ -30,13 +27,6 @@ def near(got, expected, tolerance=EXACT):
 
 def qkv(length=32, width=5, head=2, batch=2):
     return tuple(normal(batch, length, head, width, seed=i) for i in range(3))
-
-
-def softmax_of(q, k, real=None):
-    S = torch.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
-    if real is not None:
-        S = S.masked_fill(~real[:, None, None], -torch.inf)
-    return torch.softmax(S, -1), S
 
 
 # -- masks, shifts, edges ----------------------------------------------------------------------

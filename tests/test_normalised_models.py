@@ -3,7 +3,15 @@
 import pytest
 import torch
 from golden_vectors import assert_golden, golden
-from model_laws import assert_near, check_all, fresh_input, normal, shaken, stepped
+from model_laws import (
+    assert_near,
+    check_all,
+    check_linearisation,
+    fresh_input,
+    normal,
+    shaken,
+    stepped,
+)
 
 import dsf
 from dsf.models.based import Based, based_recurrence
@@ -195,15 +203,7 @@ def test_slstm_linearisation_is_the_jacobian():
     torch.manual_seed(0)
     layer = shaken(Slstm(4, 2))
     x = fresh_input(4, length=5, batch=1)
-
-    def hidden(x):
-        return layer.gates(x)[0].hidden
-
-    exact = torch.autograd.functional.jacobian(hidden, x)[0, :, :, 0]
-    system = layer.linearized(x)
-    assert system.mode == "linearised"
-    found = dsf.materialise(system)[0, 0].permute(0, 2, 1, 3)
-    assert_near("jacobian", found.detach(), exact, 1e-11)
+    check_linearisation(layer, x, 1e-11, lambda x: layer.gates(x)[0].hidden)
 
 
 # -- minGRU --------------------------------------------------------------------------------------

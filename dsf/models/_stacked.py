@@ -52,6 +52,17 @@ RunDirection = Callable[[Weights, Tensor, Sequence[Tensor], Tensor | None], Dire
 WEIGHT_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
+def driven(x: Tensor, weights: Weights) -> Tensor:
+    """What the input adds to the preactivations: W x_t and both biases, where there are any."""
+    weight_ih = weights["weight_ih"]
+    assert weight_ih is not None
+    u = x @ weight_ih.mT
+    for name in ("bias_ih", "bias_hh"):
+        bias = weights.get(name)
+        u = u if bias is None else u + bias
+    return u
+
+
 def runs_of(
     module: nn.RNNBase, x: Any, initial: Any, widths: Sequence[int], run: RunDirection
 ) -> list[LayerRun]:  # fmt: skip

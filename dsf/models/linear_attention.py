@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsf.feature_maps import FeatureMap, feature_map
-from dsf.models._heads import (
-    check_divides,
-    check_query_key,
-    merge_heads,
-    share_groups,
-    split_heads,
-)
-from dsf.models._mixer import SequenceMixer
+from dsf.models._feature_attention import FeatureAttention
+from dsf.models._heads import check_query_key, share_groups
 from dsf.normalisers import kernel_sum, log_and_sign, separable_system
 from dsf.shapes import Float
 from dsf.wrappers import System
@@ -68,14 +61,7 @@ def linear_attention_recurrence(
 _feature_map = feature_map  # the keyword argument of the same name hides it
 
 
-class KernelState(NamedTuple):
-    """What `step` keeps: sum of phi(k) v^T (batch, head, feature, channel) and of phi(k)."""
-
-    memory: Tensor
-    key_sum: Tensor
-
-
-class LinearAttention(SequenceMixer):
+class LinearAttention(FeatureAttention):
     """Multi-head linear attention, normalised by its own kernel sum or not.
 
     Cost O(length x feature x channel), state feature x (channel + 1) a head. scale multiplies
@@ -104,26 +90,13 @@ class LinearAttention(SequenceMixer):
         eps: float = 0.0,
         bias: bool = True,
     ) -> None:
-        super().__init__()
-        check_divides("LinearAttention", "n_head", n_head, "width", width)
-        n_group = n_head if n_group is None else n_group
-        check_divides("LinearAttention", "n_group", n_group, "n_head", n_head)
-        self.n_head, self.n_group = n_head, n_group
+        super().__init__(width, n_head, n_group=n_group, causal=causal, gauge=gauge, bias=bias)
         self.feature_map = _feature_map(feature_map)
-        self.normalise, self.is_causal, self.gauge = normalise, causal, gauge
-        self.scale, self.eps = scale, eps
-        shared = width // n_head * n_group
-        self.query = nn.Linear(width, width, bias=bias)
-        self.key = nn.Linear(width, shared, bias=bias)
-        self.value = nn.Linear(width, shared, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
+        self.normalise, self.scale, self.eps = normalise, scale, eps
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query by head, key by group, value by head: (batch, time, head or group, width)."""
-        q = split_heads(self.query(x), self.n_head)
-        k = split_heads(self.key(x), self.n_group)
-        v = split_heads(self.value(x), self.n_group)
-        return q, k, share_groups(v, self.n_head)
+    def features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """phi(scale q) and phi(k)."""
+        return self.feature_map(query * self.scale), self.feature_map(key)
 
     def recurrence(self, x: Tensor) -> tuple[System, Tensor]:
         """The system and the values (batch, time, head, channel)."""
@@ -133,25 +106,6 @@ class LinearAttention(SequenceMixer):
             causal=self.is_causal, scale=self.scale, eps=self.eps,
         )  # fmt: skip
         return system, v
-
-    def readout(self, y: Tensor, x: Tensor) -> Tensor:
-        """Heads merged, output projection."""
-        return self.out(merge_heads(y))
-
-    def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, KernelState]:
-        """One token: memory and key sum grow by its own, then its query reads them."""
-        x = x_t[:, None]
-        q, k, v = (part[:, 0] for part in self.project(x))
-        q = self.feature_map(q * self.scale)
-        k = share_groups(self.feature_map(k)[:, None], self.n_head)[:, 0]
-        memory, key_sum = k[..., None] * v[..., None, :], k
-        if state is not None:
-            memory, key_sum = memory + state.memory, key_sum + state.key_sum
-        y = (q[..., None, :] @ memory).squeeze(-2)
-        if self.normalise:
-            eta = (q * key_sum).sum(-1, keepdim=True) + self.eps
-            y = y / torch.where(eta == 0, 1.0, eta)
-        return self.readout(y[:, None], x)[:, 0], KernelState(memory, key_sum)
 
 
 LAYER = LinearAttention

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from dsf.linearize import linearized
 from dsf.models._mixer import SequenceMixer
-from dsf.models._stacked import DirectionRun, LayerRun, runs_of
+from dsf.models._stacked import DirectionRun, LayerRun, driven, runs_of
 from dsf.recurrence import Recurrence
 from dsf.shapes import Bool, Float
 from dsf.transitions import Diagonal
@@ -83,7 +83,7 @@ def lstm_gates(
     """
     weight_hh, weight_hr = weights["weight_hh"], weights.get("weight_hr")
     assert weight_hh is not None
-    projected = _project(x, weights)
+    projected = driven(x, weights)
     if initial is None:
         cell = x.new_zeros(x.shape[0], weight_hh.shape[0] // 4)
         hidden = x.new_zeros(x.shape[0], weight_hh.shape[1])
@@ -122,7 +122,7 @@ def lstm_linearized(
         start = torch.cat(list(initial), -1)
 
     def cell(state: Tensor, x_t: Tensor) -> Tensor:
-        projected = _project(x_t, weights)
+        projected = driven(x_t, weights)
         h, c, _ = lstm_cell(projected, state[:width], state[width:], weight_hh, weight_hr)
         return torch.cat([h, c])
 
@@ -166,16 +166,6 @@ def lstm_readout(
     hidden = output_gate * torch.tanh(cell[..., 0])
     hidden = hidden if weight_hr is None else hidden @ weight_hr.mT
     return hidden if keep is None else hidden * keep[..., None]
-
-
-def _project(x: Tensor, weights: Mapping[str, Tensor | None]) -> Tensor:
-    weight_ih = weights["weight_ih"]
-    assert weight_ih is not None
-    projected = x @ weight_ih.mT
-    for name in ("bias_ih", "bias_hh"):
-        bias = weights.get(name)
-        projected = projected if bias is None else projected + bias
-    return projected
 
 
 class Lstm(SequenceMixer):

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from dsf.linearize import linearized
 from dsf.memory import require_memory
 from dsf.models._mixer import SequenceMixer
-from dsf.models._stacked import DirectionRun, LayerRun, runs_of
+from dsf.models._stacked import DirectionRun, LayerRun, driven, runs_of
 from dsf.recurrence import Recurrence
 from dsf.shapes import Float
 from dsf.transitions import Dense
 
 
-def elman_recurrence(
+def rnn_recurrence(
     gain: Float[Tensor, "batch time unit"],
     weight_hh: Float[Tensor, "unit unit"],
     initial_hidden: Float[Tensor, "batch unit"] | None = None,
@@ -35,7 +35,7 @@ def elman_recurrence(
     """
     batch, length, unit = gain.shape
     require_memory(
-        "dsf.elman_recurrence", "A and B", ("matrix", "batch", "time", "state", "state_in"),
+        "dsf.rnn_recurrence", "A and B", ("matrix", "batch", "time", "state", "state_in"),
         (2, batch, length, unit, unit), gain.dtype, device=gain.device,
         advice="Trace shorter sequences, or rows of the batch one by one.",
     )  # fmt: skip
@@ -67,7 +67,7 @@ def _run(
     weight_hh = weights["weight_hh"]
     assert weight_hh is not None
     nonlinearity = torch.tanh if tanh else torch.relu
-    u = _driven(x, weights)
+    u = driven(x, weights)
     hidden, gains, states = start, [], []
     for t in range(x.shape[1]):
         a = u[:, t] + hidden @ weight_hh.mT
@@ -77,7 +77,7 @@ def _run(
         states.append(hidden)
     empty = x.new_zeros(x.shape[0], 0, start.shape[1])
     gain = torch.stack(gains, 1) if gains else empty
-    recurrence = elman_recurrence(gain, weight_hh, start)
+    recurrence = rnn_recurrence(gain, weight_hh, start)
     if keep is not None:
         recurrence = _standing_still(recurrence, keep)
     output = torch.stack(states, 1) if states else empty
@@ -86,22 +86,12 @@ def _run(
         return h if keep is None else h * keep[..., None]
 
     def cell(state: Tensor, x_t: Tensor) -> Tensor:
-        return nonlinearity(_driven(x_t, weights) + state @ weight_hh.mT)
+        return nonlinearity(driven(x_t, weights) + state @ weight_hh.mT)
 
     return DirectionRun(
         recurrence, u[:, :, None, :, None], lambda y: shown(y[:, :, 0, :, 0]), shown(output),
         lambda: linearized(cell, x, start, system="rnn"),
     )  # fmt: skip
-
-
-def _driven(x: Tensor, weights: Mapping[str, Tensor | None]) -> Tensor:
-    weight_ih = weights["weight_ih"]
-    assert weight_ih is not None
-    u = x @ weight_ih.mT
-    for name in ("bias_ih", "bias_hh"):
-        bias = weights.get(name)
-        u = u if bias is None else u + bias
-    return u
 
 
 def _gain(a: Tensor, tanh: bool) -> Tensor:

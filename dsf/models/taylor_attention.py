@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsf.errors import DsfValueError
 from dsf.feature_maps import Taylor, n_taylor_features
-from dsf.models._heads import (
-    check_divides,
-    check_query_key,
-    merge_heads,
-    share_groups,
-    split_heads,
-)
-from dsf.models._mixer import SequenceMixer
+from dsf.models._feature_attention import FeatureAttention
+from dsf.models._heads import check_query_key, share_groups
 from dsf.normalisers import kernel_sum, log_and_sign, separable_system
 from dsf.shapes import Float
 from dsf.wrappers import System
@@ -110,14 +104,7 @@ def full_taylor_features(
     return torch.cat(levels, -1)
 
 
-class TaylorState(NamedTuple):
-    """What `step` keeps: sum of phi(k) v^T (batch, head, feature, channel) and of phi(k)."""
-
-    memory: Tensor
-    key_sum: Tensor
-
-
-class TaylorAttention(SequenceMixer):
+class TaylorAttention(FeatureAttention):
     """Multi-head Taylor attention of an even order.
 
     Cost O(length x C(width/n_head + order, order) x width). Source: Sieber et al. (2024), Lemma 1.
@@ -143,30 +130,19 @@ class TaylorAttention(SequenceMixer):
         gauge: str = "identity",
         bias: bool = True,
     ) -> None:
-        super().__init__()
-        check_divides("TaylorAttention", "n_head", n_head, "width", width)
-        n_group = n_head if n_group is None else n_group
-        check_divides("TaylorAttention", "n_group", n_group, "n_head", n_head)
-        self.n_head, self.n_group, self.order = n_head, n_group, order
-        self.feature_map, self.is_causal, self.gauge = even_taylor(order), causal, gauge
+        super().__init__(width, n_head, n_group=n_group, causal=causal, gauge=gauge, bias=bias)
+        self.order, self.feature_map = order, even_taylor(order)
         self.scale = (width // n_head) ** -0.5 if scale is None else scale
-        shared = width // n_head * n_group
-        self.query = nn.Linear(width, width, bias=bias)
-        self.key = nn.Linear(width, shared, bias=bias)
-        self.value = nn.Linear(width, shared, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
 
     @property
     def n_state(self) -> int:
         """Number of features of one head."""
         return n_taylor_features(self.query.out_features // self.n_head, self.order)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query by head, key by group, value by head: (batch, time, head or group, width)."""
-        q = split_heads(self.query(x), self.n_head)
-        k = split_heads(self.key(x), self.n_group)
-        v = split_heads(self.value(x), self.n_group)
-        return q, k, share_groups(v, self.n_head)
+    def features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """phi of both times the root of the scale."""
+        root = math.sqrt(self.scale)
+        return self.feature_map(query * root), self.feature_map(key * root)
 
     def recurrence(self, x: Tensor) -> tuple[System, Tensor]:
         """The system and the values (batch, time, head, channel)."""
@@ -175,23 +151,6 @@ class TaylorAttention(SequenceMixer):
             q, k, order=self.order, scale=self.scale, causal=self.is_causal, gauge=self.gauge
         )
         return system, v
-
-    def readout(self, y: Tensor, x: Tensor) -> Tensor:
-        """Heads merged, output projection."""
-        return self.out(merge_heads(y))
-
-    def step(self, x_t: Tensor, state: Any = None) -> tuple[Tensor, TaylorState]:
-        """One token: memory and key sum grow by its own, then its query reads them."""
-        x = x_t[:, None]
-        q, k, v = self.project(x)
-        root = math.sqrt(self.scale)
-        q, k = self.feature_map(q * root)[:, 0], self.feature_map(k * root)
-        k, v = share_groups(k, self.n_head)[:, 0], v[:, 0]
-        memory, key_sum = k[..., None] * v[..., None, :], k
-        if state is not None:
-            memory, key_sum = memory + state.memory, key_sum + state.key_sum
-        y = (q[..., None, :] @ memory).squeeze(-2) / (q * key_sum).sum(-1, keepdim=True)
-        return self.readout(y[:, None], x)[:, 0], TaylorState(memory, key_sum)
 
 
 LAYER = TaylorAttention
