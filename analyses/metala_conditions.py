@@ -13,23 +13,20 @@ a decay and, without any key, with a dynamic one. The first head is built and it
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from _heads import MODEL, ROOT, TEXT, causal_heads, causal_maps
 from torch import Tensor
 
 import dsf
 from dsf import plot, results
 from dsf._panels import new_figure
 from dsf.measures.conditions import FAMILIES, conditions, static_approximation
-from dsf.pretrained import minilm
-from dsf.wrappers import core
 
-ROOT = Path(__file__).resolve().parent.parent
 BUILT = 64
 """Tokens of the map that is built as a recurrence: it takes a state for every token."""
 NAMES = {
@@ -42,14 +39,15 @@ def main() -> None:
     """Maps of real heads, the keys they need, the table, the figure."""
     args = _arguments()
     torch.set_num_threads(1)
-    maps = causal_maps(args.text.read_text(encoding="utf-8"), args.tokens)
+    layers = causal_heads(args.text.read_text(encoding="utf-8"), args.tokens)
+    maps = torch.cat([causal_maps(heads) for heads in layers])
     lengths = np.unique(np.linspace(2, maps.shape[-1], 40).astype(int))
     needed = [[largest_keys(m, a, lengths) for m in maps] for a in args.decays]
     data = xr.Dataset(
         {"largest_key": (("decay", "head", "length"), np.array(needed),
                          {"units": "1", "long_name": "largest key that a fixed decay needs"})},
         coords={"decay": args.decays, "length": lengths},
-        attrs={"model": "all-MiniLM-L6-v2", "text": args.text.name,
+        attrs={"model": MODEL, "text": args.text.name,
                "dsf_version": dsf.__version__},
     )  # fmt: skip
     table = conditions()
@@ -68,20 +66,6 @@ def main() -> None:
     table.to_dataframe().to_csv(args.out / "metala_conditions.csv")
     for path in [*written, args.out / "metala_conditions.csv"]:
         print(f"wrote {path}")
-
-
-@torch.no_grad()
-def causal_maps(text: str, tokens: int) -> Tensor:
-    """(layer * head, query, key): softmax of every head's own queries and keys, no look ahead."""
-    model, tokenizer = minilm()
-    inputs = dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens))
-    found = []
-    for trace in dsf.trace(model, inputs).values():
-        rows: Any = core(trace.recurrence).C
-        rows = dataclasses.replace(rows, causal=True, key_mask=None, bias=None)
-        whole = slice(0, rows.query.shape[1])
-        found.append(torch.softmax(rows.logits(whole, whole).double(), -1)[0])
-    return torch.cat(found)
 
 
 def largest_keys(weights: Tensor, decay: float, lengths: np.ndarray) -> np.ndarray:
@@ -128,7 +112,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--text", type=Path, default=ROOT / "data" / "origin_of_species.txt")
+    parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--decays", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.99])
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "metala_conditions")

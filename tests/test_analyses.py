@@ -19,6 +19,7 @@ SMALL = {
         ["--tokens", "12", "--systems", "gla", "rglru"],
         ["nc", "csv", "pdf", "png"],
     ),
+    "states_needed": (["--tokens", "12", "--errors", "0.1", "0.01"], ["nc", "csv", "pdf", "png"]),
     "metala_conditions": (["--tokens", "12"], ["nc", "csv", "pdf", "png"]),
 }
 """Script: its arguments for a quick run, what it writes."""
@@ -28,6 +29,7 @@ SMALL = {
 @pytest.mark.parametrize("name", SMALL)
 def test_runs_and_writes(name, tmp_path, monkeypatch, capsys):
     arguments, written = SMALL[name]
+    monkeypatch.syspath_prepend(str(ANALYSES))
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments, "--out", str(tmp_path)])
     runpy.run_path(str(ANALYSES / f"{name}.py"), run_name="__main__")
     for kind in written:
