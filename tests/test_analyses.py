@@ -19,6 +19,10 @@ SMALL = {
         ["--tokens", "12", "--systems", "gla", "rglru"],
         ["nc", "csv", "pdf", "png"],
     ),
+    "softmax_to_recurrence": (
+        ["--tokens", "16", "--heads", "1", "--states", "2"],
+        ["nc", "csv", "pdf", "png"],
+    ),
     "states_needed": (["--tokens", "12", "--errors", "0.1", "0.01"], ["nc", "csv", "pdf", "png"]),
     "metala_conditions": (["--tokens", "12"], ["nc", "csv", "pdf", "png"]),
 }
