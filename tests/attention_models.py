@@ -74,6 +74,14 @@ OWN = {
     "xglm": _build("XGLMModel", "XGLMConfig", vocab_size=VOCABULARY, d_model=24, ffn_dim=32,
                    num_layers=1, attention_heads=3, **_IDS),
 }  # fmt: skip
+OWN_DECODERS = {
+    "megatron_bert_decoder": _build("MegatronBertModel", "MegatronBertConfig", **_ENCODER,
+                                    is_decoder=True),
+    "rembert_decoder": _build("RemBertModel", "RemBertConfig", **_ENCODER, is_decoder=True,
+                              input_embedding_size=24),
+    "roformer_decoder": _build("RoFormerModel", "RoFormerConfig", **_ENCODER, is_decoder=True,
+                               embedding_size=24),
+}  # fmt: skip
 ALL = {**INTERFACE, **OWN}
 
 
@@ -81,14 +89,10 @@ def model(
     name: str, dtype: torch.dtype = torch.float32, attention: str | None = None
 ) -> nn.Module:
     """The named model of this file or `tiny_models`: random weights of seed 0, evaluation mode."""
-    if name not in ALL:
+    known = {**ALL, **OWN_DECODERS}
+    if name not in known:
         return tiny_models.model(name, dtype, attention)
-    torch.manual_seed(0)
-    made = ALL[name](attention).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.normal_(0, 0.4)
-    return made
+    return tiny_models.made(known[name], dtype, attention)
 
 
 def inputs(name: str, padding: str = "none", dtype: torch.dtype = torch.float32,

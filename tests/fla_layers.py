@@ -21,13 +21,18 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
+from fla_on_cpu import replace_ops  # noqa: E402
 from triton.runtime import autotuner  # noqa: E402
 
 import dsf  # noqa: E402
 
 LENGTHS = (1, 13, 70)
 """One token, fewer than the 64 that choose the fused form, and more."""
+ONE_BLOCK = 60
+"""PaTH's kernel rounds products of reflections to 16 bit between blocks of 64 tokens."""
 PADDED = 4
+WITHOUT_MASK = ("MomentumDeltaNet", "PaTHAttention")
+"""Layers that take no padding mask, or none without a cache."""
 
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "GatedLinearAttention": ("gla", {"num_heads": 2, "num_kv_heads": 1}),
@@ -53,6 +58,43 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
                                            "lower_bound": -5.0}),
     "RWKV6Attention": ("rwkv6", {"num_heads": 2, "layer_idx": 0}),
     "RWKV7Attention": ("rwkv7", {"head_dim": 16, "layer_idx": 0, "num_hidden_layers": 2}),
+    "RodimusAttention": ("rodimus", {"expand_ratio": 16}),
+    "YOCOGatedRetention": ("yoco", {"num_heads": 2}),
+    "ABCAttention": ("abc", {"num_heads": 2, "num_slots": 8}),
+    "Raven": ("raven", {"num_heads": 2, "num_kv_heads": 1, "num_slots": 8, "topk": 4}),
+    "GatedDeltaNet2": ("gdn2", {"head_dim": 8, "num_heads": 2, "num_v_heads": 4}),
+    "MomentumDeltaNet": ("momentum_deltanet", {"head_dim": 8, "num_heads": 2, "num_v_heads": 4}),
+    "PrecondGatedDeltaNet": ("precond_gated_deltanet", {"head_dim": 8, "num_heads": 2,
+                                                        "num_v_heads": 4}),
+    "PrecondKDA": ("precond_kda", {"head_dim": 8, "num_heads": 2}),
+    "MesaNet": ("mesa_net", {"head_dim": 8, "num_heads": 2}),
+    "MomAttention": ("mom", {"head_dim": 8, "num_heads": 2, "num_memories": 4}),
+    "MomAttention shared": ("mom", {"head_dim": 8, "num_heads": 2, "num_memories": 4,
+                                    "shared_mem": True}),
+    "CyclicFlowAttention": ("cyfa", {"head_dim": 16, "num_heads": 2, "num_slots": 8}),
+    "Mamba": ("mamba", {"intermediate_size": 16, "state_size": 8}),
+    "Mamba2": ("mamba2", {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 2,
+                          "chunk_size": 16}),
+    "Mamba2 plain": ("mamba2", {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1,
+                                "chunk_size": 16, "rmsnorm": False, "D_has_hdim": True}),
+    "Attention": ("attn", {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True}),
+    "Attention window": ("attn", {"num_heads": 4, "num_kv_heads": 2, "window_size": 5}),
+    "BitAttention": ("bitattn", {"num_heads": 4}),
+    "MultiheadLatentAttention": ("mla", {
+        "num_heads": 2, "q_lora_rank": 8, "qk_rope_head_dim": 8, "kv_lora_rank": 8,
+        "v_head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16}),
+    "SlidingWindowSharedKeyAttention": ("rodimus", {"num_heads": 4, "window_size": 5}),
+    "YOCOCrossAttention": ("yoco", {"num_heads": 2, "window_size": 5}),
+    "ForgettingAttention": ("forgetting_attn", {"num_heads": 2, "num_kv_heads": 1}),
+    "PaTHAttention": ("path_attn", {"num_heads": 2}),
+    "PaTHAttention gated": ("path_attn", {"num_heads": 2, "use_forget_gate": True}),
+    "WallAttention": ("wall_attn", {"num_heads": 2, "num_kv_heads": 1, "gate_init_bias": 1.0}),
+    "WallAttention gated": ("wall_attn", {"num_heads": 2, "use_scalar_gate": True,
+                                          "window_size": 5}),
+    "Parallax": ("parallax", {"num_heads": 2, "num_kv_heads": 1, "window_size": 5}),
+    "DeltaFormerAttention": ("deltaformer", {"num_heads": 2}),
+    "MoBA": ("moba", {"num_heads": 2, "moba_chunk_size": 4, "moba_topk": 3}),
+    "MoBA whole": ("moba", {"num_heads": 2, "moba_chunk_size": 4, "moba_topk": 1}),
 }  # fmt: skip
 
 
@@ -69,7 +111,7 @@ def recurrent_forms(space: dict[str, Any]) -> None:
             from fla.ops.rwkv7 import fused_recurrent_rwkv7 as other
         if name == "chunk_gated_delta_product":
             space[name] = functools.partial(product, space["fused_recurrent_gated_delta_rule"])
-        elif other is not None:
+        elif other is not None and name != "chunk_cyfa":
             space[name] = functools.partial(renamed, other)
 
 
@@ -108,6 +150,7 @@ def layer_of(name: str) -> torch.nn.Module:
     module = importlib.import_module(f"fla.layers.{file}")
     torch.manual_seed(0)
     if DEVICE == "cpu":
+        replace_ops(file, module.__dict__)
         recurrent_forms(module.__dict__)
     layer = getattr(module, name.split()[0])(hidden_size=32, **options).to(DEVICE)
     with torch.no_grad():
@@ -124,7 +167,10 @@ def traced(name: str, length: int, padding: str) -> dict[str, Any]:
     mask = torch.ones(2, length, dtype=torch.long, device=DEVICE)
     if padding != "none":
         mask[1, slice(PADDED) if padding == "left" else slice(-PADDED, None)] = 0
-    arguments = {} if padding == "none" else {"attention_mask": mask}
+    arguments: dict[str, Any] = {"attention_mask": None if padding == "none" else mask}
+    if name == "YOCOCrossAttention":  # its keys and values come from another layer
+        arguments |= {n: torch.randn(2, length, 2, 16, generator=generator).to(DEVICE)
+                      for n in ("shared_k", "shared_v")}  # fmt: skip
     try:
         found = dsf.from_layer(layer_of(name), x, **arguments)
     except Exception as error:
@@ -143,8 +189,11 @@ def main() -> None:
     names = sys.argv[2:] or list(LAYERS)
     report: dict[str, dict[str, Any]] = {}
     for name in names:
+        layer = name.split()[0]
+        masks = ("none",) if layer in WITHOUT_MASK else ("none", "left", "right")
         for length in LENGTHS:
-            for padding in ("none", "left", "right") if length == 13 else ("none",):
+            length = min(length, ONE_BLOCK) if layer == "PaTHAttention" else length
+            for padding in masks if length == 13 else ("none",):
                 report.setdefault(name, {})[f"{length} {padding}"] = traced(name, length, padding)
     print(json.dumps(report))
 

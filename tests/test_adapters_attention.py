@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from torch import Tensor, nn
+from torch_layers import spoil_after_the_pass
 from transformers import BigBirdConfig, BigBirdModel, LlamaModel
 
 import dsf
@@ -236,13 +237,7 @@ def test_two_products_in_one_layer_are_refused():
 ])  # fmt: skip
 def test_a_weight_changed_after_the_pass_fails_the_gate(name, weight):
     model = attention_models.model(name)
-    parameter = model.get_parameter(weight)
-
-    def spoil(*_) -> None:
-        with torch.no_grad():
-            parameter.mul_(1.01)
-
-    model.register_forward_hook(spoil)
+    spoil_after_the_pass(model, weight)
     with pytest.raises(DsfFidelityError, match="relative difference of"):
         trace(model, attention_models.inputs(name))
 

@@ -85,6 +85,7 @@ def test_an_outside_adapter_comes_in_by_entry_point(entry_points):
 @pytest.mark.parametrize(("value", "reason"), [
     ("no_such_package:Thing", "ModuleNotFoundError"),
     ("collections:OrderedDict", "expected a dsf.adapters.Adapter"),
+    ("dsf.adapters:Adapter", "TypeError.*abstract method '?build"),
 ])  # fmt: skip
 def test_a_broken_plugin_is_reported_by_name_and_skipped(entry_points, value, reason):
     entry_points("broken", value)

@@ -20,11 +20,10 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 import dsf
 from dsf.adapters import adapters
 from dsf.errors import DsfFidelityError, DsfUnsupportedError
-from dsf.tracing import from_layer, relative_error, trace
+from dsf.tracing import from_layer, trace
 
 DOUBLE = 1e-13
 SINGLE = 1e-5
-WRONG = 1e-3
 
 
 # -- float64, states, refusals -------------------------------------------------------------------
@@ -71,38 +70,6 @@ def test_nothing_is_left_behind_also_after_an_exception(name):
         trace(model, tiny_models.inputs(), [path])
     hook.remove()
     assert state() == before
-
-
-@pytest.mark.parametrize(("name", "weight"), [
-    ("zamba", "layers.0.mamba.out_proj.weight"),
-    ("qwen3_next", "layers.0.linear_attn.norm.weight"),
-    ("qwen3_next", "layers.0.linear_attn.in_proj_qkvz.weight"),
-    ("kimi_linear", "layers.0.self_attn.g_a_proj.weight"),
-    ("rwkv", "blocks.0.attention.receptance.weight"),
-    ("minimax", "layers.0.self_attn.output_gate.weight"),
-    ("minimax", "layers.0.self_attn.qkv_proj.weight"),
-    ("xlstm", "blocks.0.mlstm_layer.ogate_preact.weight"),
-    ("lfm2", "layers.0.conv.in_proj.weight"),
-])  # fmt: skip
-def test_a_weight_changed_after_the_pass_fails_the_gate(name, weight):
-    model = tiny_models.model(name)
-    parameter = model.get_parameter(weight)
-
-    def spoil(*_) -> None:
-        with torch.no_grad():
-            parameter.mul_(1.01)
-
-    model.register_forward_hook(spoil)
-    with pytest.raises(DsfFidelityError, match=r"relative difference of .*at the scan"):
-        trace(model, tiny_models.inputs(), [LAYERS[name][0]])
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_any_changed_coefficient_shows_in_the_readout(name):
-    path = LAYERS[name][0]
-    layer = trace(tiny_models.model(name), tiny_models.inputs(), [path])[path]
-    forgetful = layer.recurrence.replace(B=0 * layer.recurrence.B)
-    assert relative_error(layer.readout(dsf.scan(forgetful, layer.values)), layer.output) > WRONG
 
 
 def test_gradients_reach_the_weights_of_the_decay():

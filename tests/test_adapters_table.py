@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from dsf.adapters import Adapter, adapters
+from dsf.adapters import Adapter, Built, Visit, adapters
 from dsf.adapters._table import layer_rows, registry_folders, systems_of
 from dsf.models import registered
 from dsf.report import systems_markdown
@@ -52,6 +52,9 @@ def test_an_adapter_of_another_package_needs_to_declare_nothing():
     class Bare(Adapter):
         name = "bare"
         classes = frozenset({"somewhere:Layer"})
+
+        def build(self, visit: Visit) -> list[Built]:
+            return []
 
     assert systems_of(Bare()) == ()
 

@@ -8,31 +8,29 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch_layers import (
+    BATCH,
+    HEADS,
+    TOLERANCE,
+    WIDTH,
+    attention,
+    random_input,
+    spoil_after_the_pass,
+)
 
 import dsf
 from dsf.errors import DsfFidelityError, DsfTypeError, DsfValueError
-from dsf.models.rnn import elman_recurrence
 from dsf.models.rnn import recurrences_of as elman_runs
+from dsf.models.rnn import rnn_recurrence
 from dsf.tracing import from_layer, relative_error, trace
 
 DTYPES = [torch.float32, torch.float64]
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 WRONG = 1e-3
-BATCH, LENGTH, WIDTH, HEADS = 2, 7, 12, 3
+LENGTH = 7
 
 
 def _input(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*(shape or (BATCH, LENGTH, WIDTH)), generator=generator, dtype=dtype)
-
-
-def _attention(dtype: torch.dtype, **options) -> nn.MultiheadAttention:
-    torch.manual_seed(0)
-    module = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1, dtype=dtype, **options)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(0, 0.5)
-    return module
+    return random_input(dtype, *(shape or (BATCH, LENGTH, WIDTH)), seed=seed)
 
 
 def _causal(dtype: torch.dtype | None = None) -> Tensor:
@@ -78,7 +76,7 @@ OPTIONS: dict[str, dict] = {
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_attention_and_its_map_in_every_option(option, mask, dtype):
-    module = _attention(dtype, **{"batch_first": True, **OPTIONS[option]})
+    module = attention(dtype, **{"batch_first": True, **OPTIONS[option]})
     x = _input(dtype)
     value = x if module.vdim == WIDTH else _input(dtype, BATCH, LENGTH, module.vdim, seed=4)
     x, value = (x, value) if module.batch_first else (x.transpose(0, 1), value.transpose(0, 1))
@@ -96,7 +94,7 @@ def test_attention_and_its_map_in_every_option(option, mask, dtype):
 
 @pytest.mark.parametrize("option", ["plain", "slots", "zero"])
 def test_causal_hint_without_weights_goes_by_position(option):
-    module = _attention(torch.float64, batch_first=True, **OPTIONS[option])
+    module = attention(torch.float64, batch_first=True, **OPTIONS[option])
     x = _input(torch.float64)
     layer = from_layer(
         module, x, x, x, attn_mask=_causal(), is_causal=True, need_weights=False)  # fmt: skip
@@ -105,7 +103,7 @@ def test_causal_hint_without_weights_goes_by_position(option):
 
 
 def test_unbatched_input():
-    module = _attention(torch.float64)
+    module = attention(torch.float64)
     x = _input(torch.float64, LENGTH, WIDTH)
     layer = from_layer(module, x, x, x, key_padding_mask=_padding()[1], need_weights=False)
     assert layer.output.shape == (LENGTH, WIDTH)
@@ -113,7 +111,7 @@ def test_unbatched_input():
 
 
 def test_causal_masks_give_a_causal_system_and_others_a_bidirectional_one():
-    module, x = _attention(torch.float32, batch_first=True), _input(torch.float32)
+    module, x = attention(torch.float32, batch_first=True), _input(torch.float32)
     for kind in MASKS:
         system = from_layer(module, x, x, x, **_masks(kind, torch.float32)).recurrence
         causal = kind in ("bool", "float", "padding and bool", "padding and float")
@@ -121,7 +119,7 @@ def test_causal_masks_give_a_causal_system_and_others_a_bidirectional_one():
 
 
 def test_a_row_that_sees_nothing_is_zero_without_weights():
-    module, x = _attention(torch.float64, batch_first=True), _input(torch.float64)
+    module, x = attention(torch.float64, batch_first=True), _input(torch.float64)
     hidden = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
     hidden[4] = True
     layer = from_layer(module, x, x, x, attn_mask=hidden, need_weights=False)
@@ -131,7 +129,7 @@ def test_a_row_that_sees_nothing_is_zero_without_weights():
 
 
 def test_cross_attention_of_equal_lengths_has_one_axis_of_time():
-    module, x = _attention(torch.float64, batch_first=True), _input(torch.float64)
+    module, x = attention(torch.float64, batch_first=True), _input(torch.float64)
     other = _input(torch.float64, seed=5)
     layer = from_layer(module, x, other, other)
     assert layer.error <= TOLERANCE[torch.float64]
@@ -160,7 +158,7 @@ def test_inside_a_decoder():
 
 def test_wrong_weights_fail_the_gate():
     x = _input(torch.float32)
-    module = _attention(torch.float32, batch_first=True)
+    module = attention(torch.float32, batch_first=True)
 
     def spoil(m, args, output) -> None:
         with torch.no_grad():
@@ -256,12 +254,7 @@ def test_one_layer_needs_no_name(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_recurrent_weights_fail_the_gate(kind):
     module = _recurrent(kind, torch.float32, 1)
-
-    def spoil(m, args, output) -> None:
-        with torch.no_grad():
-            m.weight_hh_l0.mul_(1.1)
-
-    module.register_forward_hook(spoil)
+    spoil_after_the_pass(module, "weight_hh_l0", 1.1)
     with pytest.raises(DsfFidelityError):
         from_layer(module, _input(torch.float32, LENGTH, BATCH, FEATURES))
 
@@ -285,7 +278,7 @@ def test_elman_gains_at_zero_and_the_jacobian_of_relu():
 def test_elman_matrices_that_would_not_fit_are_refused():
     gain = torch.zeros(1, 1, 1).expand(1, 2**20, 2**20)
     with pytest.raises(MemoryError, match=r"needs .* GiB"):
-        elman_recurrence(gain, torch.zeros(1, 1).expand(2**20, 2**20))
+        rnn_recurrence(gain, torch.zeros(1, 1).expand(2**20, 2**20))
 
 
 def test_inputs_of_the_wrong_kind_are_refused():

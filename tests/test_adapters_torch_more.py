@@ -7,36 +7,30 @@ import itertools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_layers import (
+    BATCH,
+    HEADS,
+    TOLERANCE,
+    WIDTH,
+    attention,
+    random_input,
+    spoil_after_the_pass,
+)
 
 import dsf
 from dsf.errors import DsfFidelityError
 from dsf.tracing import from_layer, relative_error, trace
 
 DTYPES = [torch.float32, torch.float64]
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
-BATCH, WIDTH, HEADS, VALUE = 2, 12, 3, 7
+VALUE = 7
 LENGTHS = [(7, 5), (3, 11), (1, 4), (4, 1)]
 """(queries, keys)"""
-
-
-def _random(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=dtype)
-
-
-def _attention(dtype: torch.dtype, **options) -> nn.MultiheadAttention:
-    torch.manual_seed(0)
-    module = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1, dtype=dtype, **options)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(0, 0.5)
-    return module
 
 
 def _masks(queries: int, keys: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
     hidden = torch.zeros(BATCH, keys, dtype=torch.bool)
     hidden[1, keys // 2 + 1 :] = True
-    numbers = _random(dtype, BATCH * HEADS, queries, keys, seed=3)
+    numbers = random_input(dtype, BATCH * HEADS, queries, keys, seed=3)
     lower = ~torch.ones(queries, keys, dtype=torch.bool).tril()
     return [{}, {"attn_mask": lower}, {"attn_mask": numbers}, {"key_padding_mask": hidden},
             {"attn_mask": lower, "key_padding_mask": hidden}]  # fmt: skip
@@ -51,8 +45,8 @@ def _masks(queries: int, keys: int, dtype: torch.dtype) -> list[dict[str, Tensor
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize(("queries", "keys"), LENGTHS)
 def test_cross_attention_and_its_map_in_every_option(queries, keys, options, dtype):
-    module = _attention(dtype, **{"batch_first": True, **options})
-    given = [_random(dtype, BATCH, n, width, seed=i) for i, (n, width) in enumerate(
+    module = attention(dtype, **{"batch_first": True, **options})
+    given = [random_input(dtype, BATCH, n, width, seed=i) for i, (n, width) in enumerate(
         [(queries, WIDTH), (keys, module.kdim), (keys, module.vdim)])]  # fmt: skip
     if not module.batch_first:
         given = [x.transpose(0, 1) for x in given]
@@ -67,9 +61,9 @@ def test_cross_attention_and_its_map_in_every_option(queries, keys, options, dty
         assert relative_error(found, weights[..., :keys]) <= TOLERANCE[dtype]
 
 
-def test_unbatched_cross_attention():
-    module = _attention(torch.float64)
-    query, key = (_random(torch.float64, n, WIDTH, seed=n) for n in (3, 5))
+def test_unbatched_crossattention():
+    module = attention(torch.float64)
+    query, key = (random_input(torch.float64, n, WIDTH, seed=n) for n in (3, 5))
     layer = from_layer(module, query, key, key)
     assert layer.output.shape == (3, WIDTH)
     assert layer.error <= TOLERANCE[torch.float64]
@@ -79,7 +73,7 @@ def test_a_decoder_reads_a_longer_memory():
     torch.manual_seed(0)
     layer = nn.TransformerDecoderLayer(WIDTH, 4, 16, batch_first=True, dtype=torch.float64)
     decoder = nn.TransformerDecoder(layer, 2).eval()
-    target, memory = (_random(torch.float64, BATCH, n, WIDTH, seed=n) for n in (5, 9))
+    target, memory = (random_input(torch.float64, BATCH, n, WIDTH, seed=n) for n in (5, 9))
     found = trace(decoder, {"tgt": target, "memory": memory, "tgt_is_causal": True,
                             "tgt_mask": nn.Transformer.generate_square_subsequent_mask(
                                 5, dtype=torch.float64)})  # fmt: skip
@@ -92,7 +86,7 @@ def test_a_decoder_reads_a_longer_memory():
 def test_the_fused_path_of_an_encoder_layer_is_put_back_and_gives_the_same(norm_first):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(WIDTH, 4, 16, batch_first=True, norm_first=norm_first)
-    x, during = _random(torch.float32, BATCH, 6, WIDTH), []
+    x, during = random_input(torch.float32, BATCH, 6, WIDTH), []
     with torch.no_grad():
         fused = layer.eval()(x)
     hook = layer.register_forward_hook(lambda m, a, out: during.append(out))
@@ -123,8 +117,8 @@ def _cell(kind: type[nn.RNNCellBase], dtype: torch.dtype, **options) -> nn.RNNCe
 def test_cells_with_and_without_batch_bias_and_state(kind, options, bias, dtype):
     cell = _cell(kind, dtype, bias=bias, **options)
     for lead, started in itertools.product(((3,), ()), (False, True)):
-        x, h = _random(dtype, *lead, FEATURES), _random(dtype, *lead, UNITS, seed=1)
-        state = (h, _random(dtype, *lead, UNITS, seed=2)) if kind is nn.LSTMCell else h
+        x, h = random_input(dtype, *lead, FEATURES), random_input(dtype, *lead, UNITS, seed=1)
+        state = (h, random_input(dtype, *lead, UNITS, seed=2)) if kind is nn.LSTMCell else h
         layer = from_layer(cell, x, state) if started else from_layer(cell, x)
         assert layer.error <= TOLERANCE[dtype]
         assert layer.output.shape == (*lead, UNITS)
@@ -150,7 +144,7 @@ def test_a_cell_in_a_loop_gives_a_trace_for_each_call_that_chain():
                 out.append(state[0])
             return torch.stack(out, 1)
 
-    x = _random(torch.float64, 3, 4, FEATURES)
+    x = random_input(torch.float64, 3, 4, FEATURES)
     found = trace(Loop(), x)
     assert list(found) == ["cell", "cell#2", "cell#3", "cell#4"]
     together = torch.stack([layer.output for layer in found.values()], 1)
@@ -168,11 +162,6 @@ def test_a_cell_in_a_loop_gives_a_trace_for_each_call_that_chain():
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 def test_wrong_weights_of_a_cell_fail_the_gate(kind):
     cell = _cell(kind, torch.float32)
-
-    def spoil(m, args, output) -> None:
-        with torch.no_grad():
-            m.weight_ih.mul_(1.1)
-
-    cell.register_forward_hook(spoil)
+    spoil_after_the_pass(cell, "weight_ih", 1.1)
     with pytest.raises(DsfFidelityError):
-        from_layer(cell, _random(torch.float32, 3, FEATURES))
+        from_layer(cell, random_input(torch.float32, 3, FEATURES))

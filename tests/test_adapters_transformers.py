@@ -8,6 +8,8 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from recurrent_models import KINDS
+from torch_layers import spoil_after_the_pass
 from transformers.models.mamba import modeling_mamba
 
 import dsf
@@ -156,26 +158,30 @@ def test_hybrids_are_named_by_module_path():
     ("mamba", "layers.0.mixer.in_proj.weight"),
     ("mamba2", "layers.0.mixer.norm.weight"),
     ("recurrent_gemma", "layers.0.temporal_block.linear_y.weight"),
+    ("zamba", "layers.0.mamba.out_proj.weight"),
+    ("qwen3_next", "layers.0.linear_attn.norm.weight"),
+    ("qwen3_next", "layers.0.linear_attn.in_proj_qkvz.weight"),
+    ("kimi_linear", "layers.0.self_attn.g_a_proj.weight"),
+    ("rwkv", "blocks.0.attention.receptance.weight"),
+    ("minimax", "layers.0.self_attn.output_gate.weight"),
+    ("minimax", "layers.0.self_attn.qkv_proj.weight"),
+    ("xlstm", "blocks.0.mlstm_layer.ogate_preact.weight"),
+    ("lfm2", "layers.0.conv.in_proj.weight"),
 ])  # fmt: skip
 def test_a_weight_changed_after_the_pass_fails_the_gate(name, weight):
     model = tiny_models.model(name)
-    parameter = model.get_parameter(weight)
-
-    def spoil(*_) -> None:
-        with torch.no_grad():
-            parameter.mul_(1.01)
-
-    model.register_forward_hook(spoil)
+    spoil_after_the_pass(model, weight)
     with pytest.raises(DsfFidelityError, match=r"relative difference of .*at the scan"):
         trace(model, tiny_models.inputs())
 
 
-@pytest.mark.parametrize("name", ["llama", "mamba", "mamba2", "recurrent_gemma"])
+@pytest.mark.parametrize("name", ["llama", *KINDS])
 def test_any_changed_coefficient_shows_in_the_readout(name):
-    """The readout really runs on the scan's output: halve C or the values, and it moves."""
+    """The readout really runs on the scan's output: halve the values, or B = 0, and it moves."""
     layer = next(iter(trace(tiny_models.model(name), tiny_models.inputs()).values()))
-    y = dsf.scan(layer.recurrence, 0.5 * layer.values)
-    assert relative_error(layer.readout(y), layer.output) > WRONG
+    if name != "minimax":  # whose norm takes the scale out
+        y = dsf.scan(layer.recurrence, 0.5 * layer.values)
+        assert relative_error(layer.readout(y), layer.output) > WRONG
     if name != "llama":
         forgetful = layer.recurrence.replace(B=0 * layer.recurrence.B)
         assert relative_error(

@@ -133,19 +133,30 @@ RECURRENT = {
                         indexer_budget=16, indexer_compress_ratio=4,
                         experts_implementation="eager"),
 }  # fmt: skip
-ALL = {**SOFTMAX, **EAGER_ONLY, **RECURRENT}
+ALL = {
+    **SOFTMAX, **EAGER_ONLY, **RECURRENT,
+    # the state of transformers' RWKV is as wide as the model
+    "rwkv_with_cache": _build("RwkvModel", "RwkvConfig", **_DECODER, rescale_every=1),
+}  # fmt: skip
 
 
 def model(
     name: str, dtype: torch.dtype = torch.float32, attention: str | None = None
 ) -> nn.Module:
     """The named model with random weights of seed 0, in evaluation mode."""
+    return made(ALL[name], dtype, attention)
+
+
+def made(
+    build: Callable[[str | None], nn.Module], dtype: torch.dtype, attention: str | None
+) -> nn.Module:
+    """What `build` gives, with random weights of seed 0, in evaluation mode."""
     torch.manual_seed(0)
-    made = ALL[name](attention).to(dtype).eval()
+    model = build(attention).to(dtype).eval()
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             parameter.normal_(0, 0.4)
-    return made
+    return model
 
 
 def inputs(padding: str = "none", length: int = LENGTH) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -61,7 +62,7 @@ class Built:
     attrs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class Adapter:
+class Adapter(abc.ABC):
     """Base of every adapter, in this folder or in another package (entry point `dsf.adapters`).
 
     `name` identifies it in messages, `covers` lists in words what it recognises, `classes` the
@@ -75,9 +76,13 @@ class Adapter:
     needs_tap: ClassVar[bool] = True
     decodes: ClassVar[bool] = False
     """Whether `build` also understands calls with a cache, for `dsf.trace_decoding`."""
+    gates_first: ClassVar[bool] = False
+    """Whether the left of two factors made of the layer's input is a gate: blocks hold it fixed."""
     systems: ClassVar[tuple[str, ...]] = ()
     """The registered names it builds, and `tapped`, where it reads them: for the table of layers,
     which otherwise goes by `name`, `functions` and `needs_tap`."""
+    structure: ClassVar[str] = ""
+    """A in symbols, for the same table, where the system has no registered model."""
     tapped: ClassVar[str] = ""
     scope: ClassVar[str] = "exact"
     """Or "along trajectory": coefficients that depend on the layer's own state."""
@@ -96,9 +101,9 @@ class Adapter:
         """
         return contextlib.nullcontext()
 
+    @abc.abstractmethod
     def build(self, visit: Visit) -> list[Built]:
         """The recurrence, values and readout of one visit."""
-        raise NotImplementedError
 
 
 def known_class(module: nn.Module, names: frozenset[str]) -> str | None:

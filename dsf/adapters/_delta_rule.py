@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -32,9 +33,9 @@ class DeltaRuleFunction(ScanFunction):
 
     states = frozenset({"initial_state"})
 
+    @abc.abstractmethod
     def recurrence(self, query: Tensor, key: Tensor, given: dict[str, Any]) -> Recurrence:
         """From queries and keys as the rule uses them, and the other arguments."""
-        raise NotImplementedError
 
     def build(self, visit: Visit) -> list[Built]:
         """From the tensors that enter the function; values (batch, time, head, channel)."""

@@ -20,7 +20,10 @@ from dsf.models.comba import comba_recurrence
 from dsf.models.delta_net import delta_net_recurrence
 from dsf.models.gated_delta_net import gated_delta_net_recurrence
 from dsf.models.gated_delta_product import gated_delta_product_recurrence
-from dsf.models.gated_slot_attention import gated_slot_attention_recurrence
+from dsf.models.gated_slot_attention import (
+    bounded_memory_log_decay,
+    gated_slot_attention_recurrence,
+)
 from dsf.models.gla import gla_recurrence
 from dsf.models.hgrn import hgrn_recurrence
 from dsf.models.kimi_delta_attention import kimi_delta_attention_recurrence
@@ -39,7 +42,7 @@ BASED_EPS = 1e-6
 """What based's parallel form adds to its divisor."""
 
 
-def _unit_keys(a: Given) -> tuple[Tensor, Tensor]:
+def unit_keys(a: Given) -> tuple[Tensor, Tensor]:
     """Queries and keys of length one where the op makes them so, queries on all value heads."""
     q, k = a["q"], a["k"]
     if a.get("use_qk_l2norm_in_kernel"):
@@ -48,7 +51,7 @@ def _unit_keys(a: Given) -> tuple[Tensor, Tensor]:
     return (q if q.shape[2] == heads else q.repeat_interleave(heads // q.shape[2], 2)), k
 
 
-def _decay_and_strength(a: Given) -> tuple[Tensor, Tensor]:
+def decay_and_strength(a: Given) -> tuple[Tensor, Tensor]:
     """log decay and write strength, through the gates where the op has them inside.
 
     g = -exp(A_log) softplus(g + dt_bias), or lower_bound sigmoid(exp(A_log) (g + dt_bias)).
@@ -129,13 +132,21 @@ def _gsa(a: Given) -> Recurrence:
         a["q"], a["k"], a["g"], write=a["s"], scale=a["scale"])  # fmt: skip
 
 
+def _abc(a: Given) -> Recurrence:
+    """Slots that hold means: what a token writes is exp(s_t) of the sum of exp(s) so far."""
+    write = (a["s"] - torch.logcumsumexp(a["s"], 1)).exp()
+    log_decay = bounded_memory_log_decay(a["s"])
+    return gated_slot_attention_recurrence(
+        a["q"], a["k"], log_decay, write=write, scale=a["scale"])  # fmt: skip
+
+
 def _delta(a: Given) -> Recurrence:
-    return delta_net_recurrence(*_unit_keys(a), _decay_and_strength(a)[1], scale=a["scale"])
+    return delta_net_recurrence(*unit_keys(a), decay_and_strength(a)[1], scale=a["scale"])
 
 
 def _gated_delta(a: Given) -> Recurrence:
     return gated_delta_net_recurrence(
-        *_unit_keys(a), *_decay_and_strength(a), scale=a["scale"])  # fmt: skip
+        *unit_keys(a), *decay_and_strength(a), scale=a["scale"])  # fmt: skip
 
 
 def gated_delta_product(a: Given) -> Recurrence:
@@ -149,17 +160,17 @@ def gated_delta_product(a: Given) -> Recurrence:
 
 def _comba(a: Given) -> Recurrence:
     """What is read for erasing is read before the decay, as the kernels do."""
-    q, k = _unit_keys(a)
+    q, k = unit_keys(a)
     p = unit(a["p"]) if a.get("use_qk_l2norm_in_kernel") else a["p"]
     heads = a["v"].shape[2]
     k, p = (x.repeat_interleave(heads // x.shape[2], 2) for x in (k, p))
     return comba_recurrence(
-        q, k, p, *_decay_and_strength(a), decay_first=False, scale=a["scale"])  # fmt: skip
+        q, k, p, *decay_and_strength(a), decay_first=False, scale=a["scale"])  # fmt: skip
 
 
 def _kda(a: Given) -> Recurrence:
     return kimi_delta_attention_recurrence(
-        *_unit_keys(a), *_decay_and_strength(a), scale=a["scale"])  # fmt: skip
+        *unit_keys(a), *decay_and_strength(a), scale=a["scale"])  # fmt: skip
 
 
 def _rwkv6(a: Given) -> Recurrence:
@@ -191,6 +202,7 @@ OPS: dict[str, Callable[[Given], Recurrence]] = {
     **_forms("parallel_rebased", _rebased),
     **_forms("chunk_hgrn fused_recurrent_hgrn", _hgrn),
     **_forms("chunk_gsa fused_recurrent_gsa", _gsa),
+    **_forms("chunk_abc", _abc),
     **_forms("chunk_delta_rule fused_recurrent_delta_rule", _delta),
     **_forms("chunk_gated_delta_rule fused_recurrent_gated_delta_rule", _gated_delta),
     **_forms("chunk_gated_delta_product", gated_delta_product),

@@ -1,4 +1,4 @@
-"""Which modules of a model to trace, and what to call it with; refusals before any work."""
+"""Which modules of a model to trace, and what to call it with; refusals, also of the result."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from dsf.adapters import Adapter, adapters, unsupported
-from dsf.adapters._contract import Visit
-from dsf.errors import DsfTypeError, DsfUnsupportedError, DsfValueError
+from dsf.adapters._contract import Built, Visit
+from dsf.errors import DsfFidelityError, DsfTypeError, DsfUnsupportedError, DsfValueError
 
 Chosen = dict[str, tuple[nn.Module, Adapter]]
 
@@ -175,11 +176,22 @@ def not_called(visit: Visit, adapter: Adapter) -> DsfUnsupportedError:
     )
 
 
-def only_tensor(name: str, value: Any) -> Tensor:
-    """A tensor argument of a layer, or an error that names it."""
-    if isinstance(value, Tensor):
-        return value
-    raise DsfTypeError(f"dsf.from_layer: {name}: expected a tensor, got {type(value).__name__}.")
+def unfaithful(
+    name: str, part: Built, error: float, scan_error: float | None, limit: float
+) -> DsfFidelityError:
+    """The error for a recurrence that does not give back the layer's output."""
+    if bool(torch.isnan(part.output).any()):
+        return DsfFidelityError(
+            f"dsf.trace: {name}: expected a finite output of the layer, got NaN, which no "
+            f"recurrence can reproduce. Look for rows of a mask that hide every key."
+        )
+    at = "" if scan_error is None else f" (at the scan, before the readout: {scan_error:.3g})"
+    return DsfFidelityError(
+        f"dsf.trace: {name}: expected the recurrence to reproduce the layer's output within "
+        f"{limit:.3g}, got a relative difference of {error:.3g}{at}. Either the layer does "
+        f"something that the adapter does not know, or its weights changed since the pass. To "
+        f"look at the recurrence all the same, pass a larger tolerance=."
+    )
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:

@@ -55,18 +55,13 @@ def attention_system(
     heads, n_query, n_key = query.shape[2], query.shape[1], key.shape[1]
     if value.shape[2] not in (1, heads):
         value = value.repeat_interleave(heads // value.shape[2], 2)
-    offset = 0
-    if past is not None and not cross:
-        offset = min(past, n_key - n_query)  # a window forgets its first slots
+    offset = 0 if cross else first_new_slot(past, n_query, n_key)
     rows = SoftmaxRows(query, key, bias, sink=sink, scale=scale, softcap=softcap,
                        causal=False, query_start=offset)  # fmt: skip
     rows, ahead = _masked(rows, mask, causal=causal, cross=cross, slots=extra is not None)
     held = None
-    if not cross and n_key > n_query:
-        slot = torch.arange(n_key, device=value.device) - offset
-        new = (slot >= 0) & (slot < n_query)
-        held = value.masked_fill(new[:, None, None], 0).transpose(1, 2)
-        value = value[:, offset : offset + n_query]
+    if not cross:
+        value, held = split_cache(value, offset, n_query)
     if extra is not None:
         rows, held = _with_slots(rows, held, *extra)
     if cross:
@@ -78,6 +73,25 @@ def attention_system(
         system=SYSTEM, gauge="one state per token",
     )  # fmt: skip
     return (Bidirectional.from_rows(r) if ahead else r), value
+
+
+def first_new_slot(past: int | None, n_query: int, n_key: int) -> int:
+    """Where a cache that has seen `past` tokens puts the next; a window forgets its first."""
+    return 0 if past is None else min(past, n_key - n_query)
+
+
+def split_cache(value: Tensor, offset: int, n_query: int) -> tuple[Tensor, Tensor | None]:
+    """Of the values in all slots (batch, key, head, channel): the new ones, and the state before.
+
+    The state (batch, head, key, channel) is None where every slot is new.
+    """
+    n_key = value.shape[1]
+    if n_key <= n_query:
+        return value, None
+    slot = torch.arange(n_key, device=value.device) - offset
+    new = (slot >= 0) & (slot < n_query)
+    held = value.masked_fill(new[:, None, None], 0).transpose(1, 2)
+    return value[:, offset : offset + n_query], held
 
 
 def cross_attrs(n_key: int, n_query: int) -> dict[str, Any]:

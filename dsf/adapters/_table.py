@@ -22,8 +22,10 @@ def layer_rows(releases: Mapping[str, str]) -> list[dict[str, str]]:
     """
     return [
         {
-            "layer": layer, "systems": ", ".join(systems := _of_layer(adapter, layer)),
-            "A": _structures(systems), "read at": _read_at(adapter), "scope": adapter.scope,
+            "layer": layer, "systems": ", ".join(systems := _of_layer(adapter, layer))
+            or getattr(adapter, "system", ""),
+            "A": adapter.structure or _structures(systems), "read at": _read_at(adapter),
+            "scope": adapter.scope,
             "with a cache": "yes" if Decoding(adapter).decodes else "",
             "tried with": _tried(adapter, releases),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import inspect
@@ -39,9 +40,9 @@ class TappedLayer(Adapter):
     parameters: ClassVar[dict[str, Any]] = {}
     states: ClassVar[frozenset[str]] = frozenset()
 
+    @abc.abstractmethod
     def places(self, module: nn.Module) -> list[Place]:
         """The places of one layer, those of functions shared with the layers of the same file."""
-        raise NotImplementedError
 
     @contextlib.contextmanager
     def tap(self, modules: list[nn.Module], record: Callable) -> Iterator[None]:
@@ -152,6 +153,15 @@ def refuse_packed(visit: Visit, given: dict[str, Any]) -> None:
                 f"dsf.trace: {visit.path}: {name}: expected one sequence in each row of the "
                 f"batch, got packed ones. Pass them as a padded batch with its attention_mask."
             )
+
+
+def refuse_inference_params(visit: Visit) -> None:
+    """mamba_ssm's cache, which its layers change in place."""
+    if visit.kwargs.get("inference_params") is not None:
+        raise DsfUnsupportedError(
+            f"dsf.trace: {visit.path}: inference_params: expected none, got a cache. Pass the "
+            f"whole sequence at once."
+        )
 
 
 def implementation_of(function: Any) -> str:

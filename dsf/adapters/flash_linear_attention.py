@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,16 +16,20 @@ from dsf.adapters._tapped import Place, ScanFunction, refuse_packed
 from dsf.errors import DsfUnsupportedError
 from dsf.recurrence import Recurrence
 
-_TIMED = frozenset({"q", "k", "v", "g", "gk", "beta", "p", "s", "x", "r", "w", "a", "b", "kk"})
+_TIMED = frozenset({
+    "q", "k", "v", "g", "gk", "beta", "p", "s", "x", "r", "w", "a", "b", "kk", "g_atk",
+    "beta_atk", "g_scalar", "delta",
+})  # fmt: skip
 """Arguments with a value a token."""
 
 _LAYERS = {
     "gla": "gla:GatedLinearAttention simple_gla:SimpleGatedLinearAttention "
-           "lightnet:LightNetAttention",
+           "lightnet:LightNetAttention rodimus:RodimusAttention yoco:YOCOGatedRetention",
     "hgrn": "hgrn:HGRNAttention", "hgrn2": "hgrn2:HGRN2Attention",
     "retention": "multiscale_retention:MultiScaleRetention",
     "linear_attention": "linear_attn:LinearAttention", "based": "based:BasedLinearAttention",
-    "rebased": "rebased:ReBasedLinearAttention", "gated_slot_attention": "gsa:GatedSlotAttention",
+    "rebased": "rebased:ReBasedLinearAttention",
+    "gated_slot_attention": "gsa:GatedSlotAttention abc:ABCAttention raven:Raven",
     "delta_net": "delta_net:DeltaNet", "gated_delta_net": "gated_deltanet:GatedDeltaNet",
     "comba": "comba:Comba", "kimi_delta_attention": "kda:KimiDeltaAttention",
     "rwkv6": "rwkv6:RWKV6Attention", "rwkv7": "rwkv7:RWKV7Attention",
@@ -39,10 +45,14 @@ class FlashLinearAttention(ScanFunction):
     """
 
     parameters: ClassVar[dict[str, Any]] = {"q": None, "k": None, "v": None, "scale": None}
+    ops: ClassVar[dict[str, Callable[[Given], Recurrence]]] = OPS
+    """The recurrence of each op, by its name in the layer's file."""
     tapped = "the op of the layer's file"
+    releases = "flash-linear-attention 0.6.0"
 
-    def __init__(self, system: str, layers: str) -> None:
-        self.system, self.systems = system, (system,)  # type: ignore[misc]
+    def __init__(self, system: str, layers: str, *, structure: str = "") -> None:
+        self.system, self.structure = system, structure  # type: ignore[misc]
+        self.systems = () if structure else (system,)  # type: ignore[misc]
         self.name = f"flash_linear_attention.{system}"  # type: ignore[misc]
         names = [layer.partition(":")[2] for layer in layers.split()]
         self.covers = (f"flash-linear-attention: {', '.join(names)}",)  # type: ignore[misc]
@@ -51,11 +61,11 @@ class FlashLinearAttention(ScanFunction):
     def places(self, module: nn.Module) -> list[Place]:
         """Every op of the layer's file that has a recurrence here."""
         space = self.namespace(module)
-        found = [Place(space, name, space[name]) for name in OPS if callable(space.get(name))]
+        found = [Place(space, name, space[name]) for name in self.ops if callable(space.get(name))]
         if not found:
             raise DsfUnsupportedError(
                 f"dsf.trace: {self.name}: expected {space['__name__']} to import an op out of "
-                f"{sorted(OPS)}, got none. Install flash-linear-attention 0.6.0."
+                f"{sorted(self.ops)}, got none. Install flash-linear-attention 0.6.0."
             )
         return found
 
@@ -65,7 +75,7 @@ class FlashLinearAttention(ScanFunction):
 
     def recurrence(self, function: str, given: Given) -> tuple[Recurrence, Tensor]:
         """The op that ran, and its values."""
-        return OPS[function](given), given["x"][..., None] if "x" in given else given["v"]
+        return self.ops[function](given), given["x"][..., None] if "x" in given else given["v"]
 
     def returned(self, function: str, y: Tensor, given: Given) -> Tensor:
         """y in the axes in which the op returns its output."""
@@ -80,9 +90,9 @@ class FlashLinearAttention(ScanFunction):
                 f"dsf.trace: {visit.path}: initial_state: expected none, got one. Pass the whole "
                 f"sequence at once."
             )
-        kept = _kept_tokens(visit, a)
-        laid_out = {n: _laid_out(n, x, kept) for n, x in a.items()}
-        recurrence, values = self.recurrence(call.function, {**laid_out, "kept": kept})
+        kept = kept_tokens(visit, a)
+        on_time = {n: laid_out(x, kept if n in _TIMED else None) for n, x in a.items()}
+        recurrence, values = self.recurrence(call.function, {**on_time, "kept": kept})
         dtype = first_tensor(call.result).dtype
 
         def to_tapped(y: Tensor) -> Tensor:
@@ -129,25 +139,29 @@ class GatedDeltaProduct(FlashLinearAttention):
         return out.flatten(1, 2)
 
 
-def _kept_tokens(visit: Visit, given: Given) -> Tensor | None:
+def kept_tokens(visit: Visit, given: Given) -> Tensor | None:
     """(batch, time), true at the tokens that the layer gave to the op end to end; None if all."""
-    mask = visit.kwargs.get("attention_mask", visit.args[1] if len(visit.args) > 1 else None)
     if given.get("cu_seqlens") is None:
         return None
+    mask = given_mask(visit)
     if mask is None or visit.kwargs.get("cu_seqlens") is not None:
         refuse_packed(visit, given)
-    x = visit.kwargs.get("hidden_states", visit.args[0] if visit.args else None)
-    assert mask is not None
-    assert x is not None
-    return mask[:, -x.shape[1] :].bool()
+    return mask
 
 
-def _laid_out(name: str, x: Any, kept: Tensor | None) -> Any:
-    """In float32 at least, and with zeros for the tokens that were left out."""
+def given_mask(visit: Visit) -> Tensor | None:
+    """(batch, time), true at real tokens: the padding mask of the layer's own call, or None."""
+    call = inspect.signature(visit.module.forward).bind(*visit.args, **visit.kwargs).arguments
+    mask = call.get("attention_mask")
+    return None if mask is None else mask[:, -call["hidden_states"].shape[1] :].bool()
+
+
+def laid_out(x: Any, kept: Tensor | None) -> Any:
+    """In float32 at least; given end to end (1, token, ...), with zeros for what was left out."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if kept is None or name not in _TIMED:
+    if kept is None:
         return x
     out = x.new_zeros(*kept.shape, *x.shape[2:])
     out[kept] = x[0]

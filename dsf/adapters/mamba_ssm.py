@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from dsf.adapters._contract import Built, Visit
 from dsf.adapters._session import replaced
 from dsf.adapters._state_space_scans import ChunkScan, SelectiveScan
-from dsf.adapters._tapped import ScanFunction
-from dsf.errors import DsfUnsupportedError
+from dsf.adapters._tapped import ScanFunction, refuse_inference_params
 
 
 class _Unfused(ScanFunction):
@@ -42,11 +41,7 @@ class _Unfused(ScanFunction):
 
     def build(self, visit: Visit) -> list[Built]:
         """As for transformers' layers; a state that the layer changes in place is refused."""
-        if visit.kwargs.get("inference_params") is not None:
-            raise DsfUnsupportedError(
-                f"dsf.trace: {visit.path}: inference_params: expected none, got a cache. Pass the "
-                f"whole sequence at once."
-            )
+        refuse_inference_params(visit)
         return super().build(visit)
 
 

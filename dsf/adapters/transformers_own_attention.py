@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,13 +14,13 @@ from torch.overrides import TorchFunctionMode
 
 from dsf.adapters._contract import Adapter, Built, TappedCall, Visit, first_tensor
 from dsf.adapters._session import replaced
-from dsf.adapters._softmax import SYSTEM, attention_system
+from dsf.adapters._softmax import SYSTEM, attention_system, first_new_slot, split_cache
 from dsf.adapters._tapped import transformers_classes
 from dsf.errors import DsfUnsupportedError
 from dsf.factors import ExplicitRows, OneHot
 from dsf.recurrence import Recurrence
 from dsf.transitions import Identity
-from dsf.wrappers import Bidirectional, System
+from dsf.wrappers import Bidirectional, System, core
 
 _SOFTMAX = {torch.softmax, torch.Tensor.softmax, functional.softmax}
 _PRODUCT = {torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm,
@@ -38,16 +39,12 @@ class OwnAttention(Adapter):
     systems = ("softmax_attention",)
     tapped = "the product of softmax and values"
     covers = (
-        "transformers: attention outside the registry: BLOOM, CodeGen, DeBERTa (both), Falcon, "
-        "GPT-J, GPT-Neo, MPNet, MPT, OpenAI GPT, RemBERT, RoFormer, XGLM, Megatron-BERT",
+        "transformers: attention outside the registry, without a cache: DeBERTa (both), MPNet, "
+        "OpenAI GPT",
     )
     classes = transformers_classes({
-        "bloom": "BloomAttention", "codegen": "CodeGenAttention",
         "deberta": "DisentangledSelfAttention", "deberta_v2": "DisentangledSelfAttention",
-        "falcon": "FalconAttention", "gptj": "GPTJAttention", "gpt_neo": "GPTNeoSelfAttention",
-        "megatron_bert": "MegatronBertSelfAttention", "mpnet": "MPNetSelfAttention",
-        "mpt": "MptAttention", "openai": "Attention", "rembert": "RemBertSelfAttention",
-        "roformer": "RoFormerSelfAttention", "xglm": "XGLMAttention",
+        "mpnet": "MPNetSelfAttention", "openai": "Attention",
     })  # fmt: skip
 
     @contextlib.contextmanager
@@ -76,9 +73,11 @@ class OwnAttention(Adapter):
         def placed(y: Tensor) -> Tensor:
             return y.transpose(1, 2).reshape(call.result.shape)
 
+        kwargs = visit.kwargs if visit.past is None else _with_slots(visit, system)
+
         def readout(y: Tensor) -> Tensor:
             with _watched(visit.module, lambda _: placed(y)):
-                return first_tensor(visit.module.forward(*visit.args, **visit.kwargs))
+                return first_tensor(visit.module.forward(*visit.args, **kwargs))
 
         return [Built(
             SYSTEM, system, values, readout, first_tensor(visit.output), tapped=call.result,
@@ -96,9 +95,13 @@ def _explicit(call: TappedCall, visit: Visit) -> tuple[System, Tensor]:
     if values.ndim == 3:
         values = values.reshape(*shape[:2], length, -1)
     values = values.expand(*shape[:2], -1, -1).transpose(1, 2)  # Falcon shares one head
-    causal = not bool(weights.triu(1).any())
+    n_query = shape[2]
+    offset = first_new_slot(visit.past, n_query, length)
+    values, held = split_cache(values, offset, n_query)
+    causal = not bool(weights.triu(1 + offset).any())
     r = Recurrence(
-        Identity(length), OneHot(length, length), ExplicitRows(weights, causal=causal),
+        Identity(length), OneHot(n_query, length, offset),
+        ExplicitRows(weights, causal=causal, query_start=offset), initial_state=held,
         system=SYSTEM, gauge="one state per token",
     )  # fmt: skip
     return (r if causal else Bidirectional.from_rows(r)), values
@@ -110,8 +113,31 @@ def _fused(call: TappedCall, visit: Visit) -> tuple[System, Tensor]:
     query, key, value = (given[n].transpose(1, 2) for n in names[:3])
     return attention_system(
         query, key, value, mask=given.get("attn_mask"), scale=given.get("scale"),
-        causal=bool(given.get("is_causal", False)),
+        causal=bool(given.get("is_causal", False)), past=visit.past,
     )  # fmt: skip
+
+
+class _Slots:
+    """A cache's part in a run whose product is given: keys and values of its length, no more."""
+
+    def __init__(self, n_key: int) -> None:
+        self.n_key = n_key
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Both (batch, head, key, width) with as many slots as the cache has."""
+        more = (0, 0, 0, self.n_key - key.shape[2])
+        return functional.pad(key, more), functional.pad(value, more)
+
+    def get_seq_length(self, *_: Any) -> int:
+        """The number of slots."""
+        return self.n_key
+
+
+def _with_slots(visit: Visit, system: System) -> dict[str, Any]:
+    """The layer's keyword arguments with `_Slots` for the cache: masks and biases then fit."""
+    names = inspect.signature(type(visit.module).forward).parameters
+    name = next(n for n in ("past_key_values", "layer_past") if n in names)
+    return {**visit.kwargs, name: _Slots(core(system).n_state)}
 
 
 @contextlib.contextmanager
@@ -156,4 +182,22 @@ class _Watch(TorchFunctionMode):
         return result
 
 
-ADAPTERS = [OwnAttention]
+class OwnAttentionWithCache(OwnAttention):
+    """The same of classes that take a cache."""
+
+    name = "transformers_own_attention_with_cache"
+    decodes = True
+    covers = (
+        "transformers: attention outside the registry: BLOOM, CodeGen, Falcon, GPT-J, GPT-Neo, "
+        "MPT, RemBERT, RoFormer, XGLM, Megatron-BERT",
+    )
+    classes = transformers_classes({
+        "bloom": "BloomAttention", "codegen": "CodeGenAttention", "falcon": "FalconAttention",
+        "gptj": "GPTJAttention", "gpt_neo": "GPTNeoSelfAttention",
+        "megatron_bert": "MegatronBertSelfAttention", "mpt": "MptAttention",
+        "rembert": "RemBertSelfAttention", "roformer": "RoFormerSelfAttention",
+        "xglm": "XGLMAttention",
+    })  # fmt: skip
+
+
+ADAPTERS = [OwnAttention, OwnAttentionWithCache]

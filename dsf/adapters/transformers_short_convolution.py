@@ -29,6 +29,7 @@ class ShortConvolution(ScanFunction):
     }  # fmt: skip
     states = frozenset({"conv_state"})
     decodes = True
+    gates_first = True
     covers = ("transformers: short convolutions of LFM2, LFM2-MoE, LFM3, Inkling and Inkling 2",)
     classes = transformers_classes({
         "lfm2": "Lfm2ShortConv", "lfm2_moe": "Lfm2MoeShortConv", "lfm3": "Lfm3ShortConv",
