@@ -16,6 +16,7 @@ from dsf.errors import DsfShapeError, DsfTypeError
 AXES = (
     "system", "layer", "batch", "head", "channel", "query", "key", "time", "state", "state_out",
     "state_in", "input", "output", "value", "feature", "rank", "chunk", "step", "order", "pair",
+    "epsilon", "eta",
 )  # fmt: skip
 """Every dimension name that a dsf result may carry, in the order in which they appear."""
 

@@ -7,25 +7,28 @@ import math
 import torch
 from torch import Tensor
 
+from dsf.gramians import reachability
 from dsf.measures._softmax_queries import Finding
 from dsf.measures._verdicts import NO, RANK_WORDS, UNDECIDED, YES, decide, tolerances
-from dsf.realisation import reachability
 from dsf.recurrence import Recurrence
 from dsf.scanning import scan
 from dsf.shapes import broadcast_shapes
 from dsf.wrappers import Anticausal, Bidirectional, System, core
 
+_SAME_ROW = 1e-14
+"""Two rows that differ by this little in every entry are one, made in two orders."""
+
 
 def reach_at(system: System, position: int) -> tuple[Tensor, Tensor]:
     """R (batch, head, state, key) with weights = c R, and the actual output row c (..., state).
 
-    A bidirectional system whose two halves are read by the same C has one row for both; by
-    different ones, a row of each, side by side.
+    A bidirectional system whose two halves are read by the same C (to rounding) has one row for
+    both; by different ones, a row of each, side by side.
     """
     if isinstance(system, Bidirectional):
         R1, c1 = reach_at(system.causal, position)
         R2, c2 = reach_at(system.anticausal, position)
-        if c1.shape == c2.shape and torch.equal(c1, c2):
+        if c1.shape == c2.shape and torch.allclose(c1, c2, rtol=_SAME_ROW, atol=0.0):
             return R1 + R2, c1
         shape = broadcast_shapes(R1.shape[:2], R2.shape[:2])
         R1, R2 = R1.expand(*shape, -1, -1), R2.expand(*shape, -1, -1)
@@ -73,7 +76,9 @@ def division(system: System, R: Tensor) -> list[list[bool | None]]:
     ones = torch.ones(batch, length, head, 1, dtype=dtype, device=r.device)
     with torch.no_grad():
         y = scan(system, ones, allow_nonfinite=True)[..., 0]
-    to_one = ((y - 1).abs() <= math.sqrt(torch.finfo(dtype).eps)).all(1)
+    # a row that sums to exactly nothing had nothing to divide (no key shares a feature with it)
+    to_one = (((y - 1).abs() <= math.sqrt(torch.finfo(dtype).eps)) | (y == 0)).all(1)
+    to_one &= (y != 0).any(1)
     return [
         [_divides(R[b, h], math.sqrt(torch.finfo(dtype).eps)) if bool(to_one[b, h]) else False
          for h in range(head)] for b in range(batch)]  # fmt: skip
@@ -117,11 +122,16 @@ def examine_state(
         verdict = int(decide(torch.tensor(margin), low, high))
         reason = f"rank of the reached states {RANK_WORDS[verdict]}"
     if divided:
-        verdict, margin, reason = _ray_verdict(n, verdict, margin, reason, query_width)
+        verdict, margin, reason = _ray_verdict(n, used, verdict, margin, reason, query_width)
+    elif divided is False and verdict != NO and query_width is not None and n < query_width:
+        reason = f"{n} states are fewer than the query's {query_width} entries"
+        return Finding(NO, 0.0, reason, None, math.nan)
     elif divided is None and verdict == YES:
         verdict, reason = UNDECIDED, f"{reason}, but too few keys tell whether rows are divided"
     if verdict != NO:
         return Finding(verdict, margin, reason, None, math.nan)
+    if divided and not bool((c @ R).sum()):  # this row has no weights; another one has
+        c = R.sum(-1).conj()
     other = 2 * c if divided else c + _along(c, _unreached(U).conj() / norms)
     pair = torch.stack([c, other])
     weights = state_weights(R, pair, bool(divided))
@@ -146,19 +156,16 @@ def _unreached(U: Tensor) -> Tensor:
 
 
 def _ray_verdict(
-    n: int, verdict: int, margin: float, reason: str, query_width: int | None
+    n: int, used: int, verdict: int, margin: float, reason: str, query_width: int | None
 ) -> tuple[int, float, str]:
     if query_width is None:
         return NO, 0.0, "rows are divided by their sum: a row c and 2 c collide"
-    if n <= query_width:
-        return (
-            NO,
-            0.0,
-            (
-                f"rows are divided by their sum and {n} features are no more than the query's "
-                f"{query_width}: no continuous feature map is injective"
-            ),
-        )
+    few = [f"{count} {what}" for count, what in ((n, "features"), (used, "keys"))
+           if count <= query_width]  # fmt: skip
+    if few:
+        reason = (f"rows are divided by their sum and {few[0]} are no more than the query's "
+                  f"{query_width}: no continuous feature map is injective")  # fmt: skip
+        return NO, 0.0, reason
     if verdict == YES:
         reason = f"{n} features, more than the query's {query_width}"
     return UNDECIDED, margin, f"{reason}; the feature map decides"

@@ -32,3 +32,8 @@ def decide(margin: Tensor, low: float, high: float) -> Tensor:
     """YES from `high` on, NO up to `low`, UNDECIDED between (and for NaN)."""
     verdict = torch.zeros_like(margin, dtype=torch.int8)
     return verdict.masked_fill(margin >= high, YES).masked_fill(margin <= low, NO)
+
+
+def rounding_level(largest: Tensor, size: int) -> Tensor:
+    """What float64 adds to each singular value of a matrix: 4 u sqrt(size) of the largest."""
+    return largest * tolerances(torch.float64, size, None)[0]

@@ -11,25 +11,26 @@ import xarray as xr
 from torch import Tensor
 
 from dsf.axes import to_xarray
-from dsf.errors import DsfTypeError, DsfUnsupportedError, DsfValueError
+from dsf.errors import DsfValueError
 from dsf.factors import MixingRows, SoftmaxRows
 from dsf.maps import system_attrs
+from dsf.measures._judged_rows import (
+    Division,
+    check_system,
+    division_of,
+    one_rows,
+    part_of,
+    positions_of,
+)
 from dsf.measures._maps import with_length
 from dsf.measures._softmax_queries import Finding, examine, softmax_weights
-from dsf.measures._state_queries import (
-    division,
-    examine_state,
-    reach_at,
-    real_map,
-    state_weights,
-)
+from dsf.measures._state_queries import examine_state, reach_at, real_map, state_weights
 from dsf.measures._verdicts import FLAGS, UNDECIDED, tolerances
 from dsf.recurrence import Recurrence
-from dsf.wrappers import Anticausal, Bidirectional, Gated, System, core
+from dsf.wrappers import Gated, System, core
 
 __all__ = ["collision", "injectivity"]
 
-Division = list[list[bool | None]]
 _UNKNOWN = Finding(UNDECIDED, float("nan"), "rows are given, not made from queries", None, np.nan)
 
 
@@ -49,12 +50,14 @@ def injectivity(
     t <= d keys it never is. Every finite state, in the space of output rows C_t: weights are
     C_t R_t with R_t = [A_t..A_2 B_1, ..., B_t], injective iff rank R_t = states; where rows are
     divided by their sum (linear attention with normaliser), C and 2 C collide. With D <= d
-    features no continuous feature map then is injective; with D > d it may be, so that the
-    verdict is "undecided" when `query_width` d says so.
+    features, or at a position with t <= d keys, no continuous feature map then is injective; with
+    more it may be, so that the verdict is "undecided" when `query_width` d says so, and
+    `query_injectivity` decides by the feature map itself.
 
     Parameters
     ----------
-    system: a dsf system; gates do not matter, a bidirectional one is judged on all keys.
+    system: a dsf system; gates do not matter, a bidirectional one is judged on all keys, in the
+        space of both its output rows where its halves have different ones.
     positions: query positions (0-based, negative from the end), "all", or None for the last.
     normalised: whether rows are divided by their sum; None finds out (all rows sum to one, and no
         state counts the keys, which would make them sum to one without dividing).
@@ -70,12 +73,12 @@ def injectivity(
     Cost: one SVD of keys x width (or states x keys) a batch, head and position.
     Source: Han et al. (2024), propositions 1 and 2, sharpened to conditions that decide both ways.
     """
-    _check(system)
+    check_system("dsf.injectivity", system)
     system = with_length(system, length)
     r = core(system)
-    chosen = _positions(system, positions)
+    chosen = positions_of("dsf.injectivity", positions, max(core(system).length, 1))
     batch, _, head = r.lead_shape()
-    divided = _division(system, normalised)
+    divided = division_of(system, normalised)
     findings = [
         f for t in chosen for f in _examine(system, t, divided, query_width, unit_roundoff)
     ]
@@ -136,18 +139,19 @@ def collision(
     """Two different queries that one row gives the same weights, checked on the weights.
 
     Softmax: p = q + s w with K w = c 1, q the actual query and s its length. A finite state: two
-    output rows, c + s n with n R = 0, or c and 2 c where rows are divided by their sum.
+    output rows, c + s n with n R = 0, or c and 2 c where rows are divided by their sum. From keys
+    and a feature map, `query_collision` gives two queries before the map.
 
     Returns a Dataset: `query_pair` (pair, feature), `weights` (pair, key) in float64, attrs
     `difference` (largest), `distance` of the two queries, `reason`. Raises DsfValueError when the
     row is injective, undecided, or when the weights differ by more than `tolerance` (rounded keys
     only nearly on a hyperplane): the message says by how much.
     """
-    _check(system)
+    check_system("dsf.collision", system)
     system = with_length(system, length)
     r = core(system)
-    t = _positions(system, [position])[0]
-    divided = _division(system, normalised)
+    t = positions_of("dsf.collision", [position], max(core(system).length, 1))[0]
+    divided = division_of(system, normalised)
     findings = list(_examine(system, t, divided, None, unit_roundoff))
     found = findings[batch * r.lead_shape()[2] + head]
     if found.pair is None or not found.difference <= tolerance:
@@ -185,11 +189,12 @@ def _examine(
     system = system.system if isinstance(system, Gated) else system
     r = core(system)
     batch, _, head = r.lead_shape()
-    if isinstance(r.C, SoftmaxRows):
-        causal = isinstance(system, Recurrence)
+    if isinstance(r.C, SoftmaxRows) and one_rows(system):
         for b in range(batch):
             for h in range(head):
-                yield examine(r.C, b, h, position, causal=causal, unit_roundoff=unit_roundoff)
+                yield examine(
+                    r.C, b, h, position, part=part_of(system), unit_roundoff=unit_roundoff
+                )
         return
     if isinstance(r.C, MixingRows):
         yield from [_UNKNOWN] * (batch * head)
@@ -203,17 +208,6 @@ def _examine(
             )  # fmt: skip
 
 
-def _division(system: System, given: bool | None) -> Division:
-    """Whether rows are divided by their sum, as given or as the rows show."""
-    system = system.system if isinstance(system, Gated) else system
-    r = core(system)
-    batch, length, head = r.lead_shape()
-    if given is not None or isinstance(r.C, MixingRows):
-        return [[given] * head] * batch
-    most = 0 if isinstance(system, Anticausal) else length - 1
-    return division(system, real_map(r, *reach_at(system, most))[0])
-
-
 def _weights_of(
     system: System, position: int, batch: int, head: int, found: Finding, divided: bool
 ) -> Tensor:
@@ -221,42 +215,9 @@ def _weights_of(
     r = core(system)
     assert found.pair is not None
     if isinstance(r.C, SoftmaxRows):
-        return softmax_weights(
-            r.C, batch, head, position, found.pair, causal=isinstance(system, Recurrence)
-        )
+        return softmax_weights(r.C, batch, head, position, found.pair, part=part_of(system))
     R, _ = real_map(r, *reach_at(system, position))
     return state_weights(R[batch, head], found.pair, divided)
-
-
-def _check(system: System) -> None:
-    if not isinstance(system, Recurrence | Anticausal | Bidirectional | Gated):
-        raise DsfTypeError(
-            f"dsf.injectivity: system: expected a dsf system, got {type(system)}; a bare map does "
-            f"not say how its rows depend on the query."
-        )
-    if core(system).n_output > 1:
-        raise DsfUnsupportedError(
-            f"dsf.injectivity: system: expected one output, got {core(system).n_output}; select "
-            f"one row of C first."
-        )
-
-
-def _positions(system: System, positions: Sequence[int] | str | None) -> list[int]:
-    length = max(core(system).length, 1)
-    if positions is None:
-        return [length - 1]
-    if isinstance(positions, str):
-        if positions != "all":
-            raise DsfValueError(
-                f"dsf.injectivity: positions: expected integers, 'all' or None, got {positions!r}."
-            )
-        return list(range(length))
-    if any(not -length <= t < length for t in positions):
-        raise DsfValueError(
-            f"dsf.injectivity: positions: expected within -{length}..{length - 1}, got "
-            f"{list(positions)}."
-        )
-    return [int(t) % length for t in positions]
 
 
 def _stored(r: Recurrence) -> torch.dtype:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dsf.axes import to_xarray
 from dsf.errors import DsfShapeError, DsfValueError
+from dsf.measures._weight_functions import on_ray
 from dsf.shapes import Float
 
 __all__ = ["ray_collision"]
 
 MEASURES = ()
-_STEPS = 50
 
 
 def ray_collision(
@@ -56,7 +56,7 @@ def ray_collision(
     q, k = query.detach().double(), keys.detach().double()
     features = feature_map(k)
     best = None
-    for other in (factor * q, _newton(feature_map, q, factor)):
+    for other in (factor * q, on_ray(feature_map, q, factor)):
         weights = torch.stack([_weights(feature_map, x, features) for x in (q, other)])
         difference = float((weights[0] - weights[1]).abs().max())
         if best is None or difference < best[2]:
@@ -80,26 +80,3 @@ def ray_collision(
 def _weights(feature_map: Callable[[Tensor], Tensor], query: Tensor, keys: Tensor) -> Tensor:
     scores = keys @ feature_map(query)
     return scores / scores.sum()
-
-
-def _newton(feature_map: Callable[[Tensor], Tensor], query: Tensor, factor: float) -> Tensor:
-    """p with phi(p) = factor phi(query), by Gauss-Newton with step halving."""
-    target = factor * feature_map(query)
-    jacobian = torch.func.jacrev(feature_map)
-    p = query.clone()
-    gap = torch.linalg.vector_norm(feature_map(p) - target)
-    for _ in range(_STEPS):
-        J = jacobian(p)
-        assert isinstance(J, Tensor)
-        move = torch.linalg.lstsq(J, (target - feature_map(p))[:, None], driver="gelsd").solution
-        size = 1.0
-        while size > 1e-4:
-            trial = p + size * move[:, 0]
-            new = torch.linalg.vector_norm(feature_map(trial) - target)
-            if bool(new < gap):
-                p, gap = trial, new
-                break
-            size /= 2
-        else:
-            return p
-    return p
