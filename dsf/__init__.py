@@ -32,7 +32,13 @@ if TYPE_CHECKING:
     from dsf.coefficients import CoefficientDynamics
     from dsf.comparison import compare
     from dsf.decoding import trace_decoding
-    from dsf.rollouts import Rollout, rollout
+    from dsf.gramians import gramian
+    from dsf.hankel import hankel_singular_values, stationary_hankel_values
+    from dsf.predictor_forms import Predictor, predictor_form, states_kept
+    from dsf.realisation import realise
+    from dsf.reduction import Reduction, balance, reduce
+    from dsf.rollouts import Rollout
+    from dsf.stacks import rollout
     from dsf.tracing import LayerTrace, from_layer, trace
 
 _LATER = {
@@ -40,18 +46,24 @@ _LATER = {
     "compare": "dsf.comparison", "from_layer": "dsf.tracing", "trace": "dsf.tracing",
     "LayerTrace": "dsf.tracing", "CoefficientDynamics": "dsf.coefficients",
     "coefficient_dynamics": "dsf.coefficient_forms", "Block": "dsf.blocks",
-    "Rollout": "dsf.rollouts", "rollout": "dsf.rollouts",
-    "trace_decoding": "dsf.decoding",
+    "Rollout": "dsf.rollouts", "rollout": "dsf.stacks",
+    "trace_decoding": "dsf.decoding", "realise": "dsf.realisation", "reduce": "dsf.reduction",
+    "balance": "dsf.reduction", "Reduction": "dsf.reduction", "gramian": "dsf.gramians",
+    "hankel_singular_values": "dsf.hankel", "stationary_hankel_values": "dsf.hankel",
+    "Predictor": "dsf.predictor_forms", "predictor_form": "dsf.predictor_forms",
+    "states_kept": "dsf.predictor_forms", "symbolic": "dsf.symbolic",
 }  # fmt: skip
 """Loaded on first use, so that `import dsf` stays light."""
 
 __all__ = [
     "Anticausal", "Bidirectional", "Block", "CoefficientDynamics", "ExplicitRows", "Gated",
-    "LayerTrace", "MixingRows", "OneHot", "Recurrence", "Rollout", "SoftmaxRows", "System",
-    "anticausal", "attention_map", "change_of_basis", "coefficient_dynamics", "compare",
-    "concatenate_time", "from_layer", "gated", "materialise", "measures", "models", "parallel",
-    "realified", "rollout", "scan", "series", "skip", "slice_time", "step", "trace",
-    "trace_decoding", "transitions", "which_backend",
+    "LayerTrace", "MixingRows", "OneHot", "Predictor", "Recurrence", "Reduction", "Rollout",
+    "SoftmaxRows", "System", "anticausal", "attention_map", "balance", "change_of_basis",
+    "coefficient_dynamics", "compare", "concatenate_time", "from_layer", "gated", "gramian",
+    "hankel_singular_values", "materialise", "measures", "models", "parallel", "predictor_form",
+    "realified", "realise", "reduce", "rollout", "scan", "series", "skip", "slice_time",
+    "states_kept", "stationary_hankel_values", "step", "trace", "trace_decoding", "transitions",
+    "which_backend",
 ]  # fmt: skip
 
 

@@ -32,7 +32,10 @@ MEASURES = (
 
 SUMMARY = {
     "epsilon_rank": "max", "cut_rank": "max", "memory_half_life": "median",
-    "injectivity_verdict": "min", "injectivity_margin": "min",
+    "minimal_state": "max", "injectivity_verdict": "min", "injectivity_margin": "min",
+    "lyapunov_spectrum": "max", "transition_eigenvalues_log_modulus": "max",
+    "monodromy_eigenvalues_log_modulus": "max", "stability_verdict": "min",
+    "stability_margin": "min", "stability_step_margin": "min",
 }  # fmt: skip
 """What stands for a head where a measure has many values for it; the mean unless named here."""
 

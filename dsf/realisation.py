@@ -1,179 +1,205 @@
-"""From a map to states: singular values of its blocks, and the smallest recurrence for it."""
+"""From a map to states: the smallest recurrence that makes it, and the error of a smaller one."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from dsf.algebra import realified
-from dsf.axes import named_sizes
-from dsf.errors import DsfShapeError, DsfValueError
+from dsf.errors import DsfValueError
+from dsf.map_blocks import Form, Side, square
+from dsf.maps import materialise
 from dsf.memory import require_memory
+from dsf.predictor_forms import Predictor
 from dsf.recurrence import Recurrence
 from dsf.shapes import Float, Inexact
-from dsf.transitions import Dense, Diagonal, Identity, Scalar
-from dsf.transitions._base import mm
+from dsf.transitions import Dense
+from dsf.wrappers import Anticausal, Bidirectional
 
-Side = Literal["lower", "upper"]
-
-
-def block_singular_values(
-    attention_map: Inexact[Tensor, "*lead query key"],
-    cuts: Sequence[int] | None = None,
-    *,
-    side: Side = "lower",
-) -> Float[Tensor, "*lead cut rank"]:
-    """Singular values of the blocks map[t:, :t] (0-based), one cut t after another.
-
-    They are the Hankel singular values of the map's causal part: a recurrence with n states at
-    cut t has at most n of them non-zero there. `side="upper"` takes map[:t, t:], the part that an
-    anticausal recurrence carries. `cuts` are positions in 1..length-1, by default all.
-
-    Returns (*lead, cut, rank), in the map's real precision, falling, zero-padded to the largest
-    possible rank. Cost: one SVD of a (length-t) x t block a cut and lead index. Raises
-    DsfShapeError unless the map is square. Source: Dewilde and van der Veen (1998), chapter 3.
-    """
-    length = _square("dsf.block_singular_values", attention_map)
-    chosen = _cuts("dsf.block_singular_values", cuts, length)
-    lead = attention_map.shape[:-2]
-    rank = max((min(t, length - t) for t in chosen), default=0)
-    out = attention_map.new_zeros(
-        *lead, len(chosen), rank, dtype=attention_map.dtype.to_real())  # fmt: skip
-    lower = side == "lower"
-    for i, t in enumerate(chosen):
-        block = attention_map[..., t:, :t] if lower else attention_map[..., :t, t:]
-        out[..., i, : min(t, length - t)] = torch.linalg.svdvals(block)
-    return out
-
-
-def hankel_singular_values(
-    recurrence: Recurrence, cuts: Sequence[int] | None = None, *, max_memory: int | None = None
-) -> Float[Tensor, "batch head cut state"]:
-    """The same singular values from the coefficients, without any length x length array.
-
-    At cut t the block is O_t R_t, future outputs seen from the states times states reached from
-    past inputs. Both keep only their triangular factors, updated step by step,
-
-        R: qr([R_{t-1}^T A_t^T ; B_t^T]),    O: qr([C_t ; O_t] A_t),    sigma = svd(O_t R_t^T)
-
-    so that Gramians are never squared. Returns (batch, head, cut, state) in float64, falling; a
-    complex system with `real_output` counts real states (twice as many). Cost: O(length state^3),
-    memory O(cuts state^2). Raises DsfMemoryError when the factors would not fit.
-    Source: Dewilde and van der Veen (1998), chapter 3.
-    """
-    r = realified(recurrence) if recurrence.real_output and recurrence.dtype.is_complex else (
-        recurrence.dense_factors())  # fmt: skip
-    r = r.to(torch.float64)
-    batch, length, head = r.lead_shape()
-    chosen = _cuts("dsf.hankel_singular_values", cuts, length)
-    n = r.n_state
-    require_memory(
-        "dsf.hankel_singular_values", "factors", ("cut", "batch", "head", "state", "state"),
-        (len(chosen), batch, head, n, n), r.dtype, device=r.device, max_memory=max_memory,
-        advice="Pass fewer cuts=.",
-    )  # fmt: skip
-    reached = _reached_factors(r, set(chosen))
-    seen = r.C.new_zeros(batch, head, n, n, dtype=r.dtype)  # type: ignore[union-attr]
-    values = {}
-    for t in range(length - 1, 0, -1):
-        both = torch.cat([_at(r.C, t).expand(batch, head, -1, -1).to(seen.dtype), seen], -2)
-        carried = r.A.at(t).apply_transposed(both.mT).mT
-        seen = _triangle(carried.expand(batch, head, -1, -1), n)
-        if t in reached:
-            values[t] = torch.linalg.svdvals(mm(seen, reached[t].mT))
-    if not chosen:
-        return torch.zeros(batch, head, 0, n, dtype=torch.float64, device=r.device)
-    return torch.stack([values[t] for t in chosen], dim=2)
-
-
-def _reached_factors(r: Recurrence, chosen: set[int]) -> dict[int, Tensor]:
-    """At each chosen cut t, the triangular F with F^H F = R_t^* R_t^T, R_t the reachability."""
-    batch, length, head = r.lead_shape()
-    n = r.n_state
-    factor = torch.zeros(batch, head, n, n, dtype=r.dtype, device=r.device)
-    kept = {}
-    for t in range(length):
-        moved = r.A.at(t).apply(factor.mT).mT.to(factor.dtype).expand(batch, head, n, n)
-        written = _at(r.B, t).mT.expand(batch, head, -1, n).to(factor.dtype)
-        factor = _triangle(torch.cat([moved, written], -2), n)
-        if t + 1 in chosen:
-            kept[t + 1] = factor
-    return kept
-
-
-def _triangle(x: Tensor, n: int) -> Tensor:
-    """The R of a QR of x, with exactly n rows; x^H x is what it stands for."""
-    triangle = torch.linalg.qr(x, mode="r").R
-    return torch.nn.functional.pad(triangle, (0, 0, 0, n - triangle.shape[-2]))
-
-
-def epsilon_ranks(
-    singular_values: Float[Tensor, "*lead cut rank"],
-    tolerance: float,
-    *,
-    criterion: Literal["sigma", "frobenius"] = "sigma",
-    scale: Float[Tensor, "*lead"] | None = None,
-) -> Float[Tensor, "*lead cut"]:
-    """How many singular values of each cut count at a relative tolerance, as whole numbers.
-
-    "sigma": those above tolerance * (the largest over all cuts). "frobenius": the smallest n with
-    sqrt(sum_{k>n} sigma_k^2) <= tolerance * scale, scale by default the largest Frobenius norm of
-    a cut; with scale the norm of the map's triangle, no recurrence with fewer states comes within
-    `tolerance` of it (realisation bound: the error is at least the tail of any cut). A map of
-    zeros has rank 0. Never relative to one block alone, which keeps noise.
-    """
-    s = singular_values
-    if criterion == "sigma":
-        top = s.amax((-2, -1)) if s.numel() else s.new_zeros(s.shape[:-2])
-        return (s > tolerance * top[..., None, None]).sum(-1).to(torch.float64)
-    tails = torch.flip(torch.cumsum(torch.flip(s**2, (-1,)), -1), (-1,)).sqrt()
-    if scale is None:
-        scale = tails[..., 0].amax(-1) if tails.numel() else s.new_zeros(s.shape[:-2])
-    return (tails > tolerance * scale[..., None, None]).sum(-1).to(torch.float64)
+Realised: TypeAlias = Recurrence | Anticausal | Bidirectional | Predictor
+Gauge = Literal["input-normal", "balanced"]
+Steps: TypeAlias = list[tuple[Tensor, Tensor, Tensor]]
+"""A_t (n_t, n_{t-1}), B_t (n_t, 1) and the row that is read of every step."""
 
 
 def realise(
     attention_map: Inexact[Tensor, "batch head query key"],
     tolerance: float = 1e-12,
     *,
+    form: Form = "current",
+    gauge: Gauge = "input-normal",
+    side: Side | Literal["both"] | None = None,
     budget: float | None = None,
-    max_state: int | None = None,
-) -> tuple[Recurrence, Float[Tensor, "batch head"]]:
-    """The smallest recurrence whose map is the lower triangle of a given one, and its exact error.
+    max_state: int | Sequence[int] | None = None,
+) -> tuple[Realised, Float[Tensor, "batch head"]]:
+    """The smallest system whose map is a given one, and its exact error in Frobenius norm.
 
-    Sequential singular value decompositions, current-state form with D = 0, per head:
+    Sequential singular value decompositions per head, in current form
 
         G_t = [ Y_{t-1} without first row | M[t:, t] ],  G_t = U S Z^H,
         [A_t B_t] = Z_k^H,  Y_t = G_t Z_k,  C_t = first row of Y_t
 
-    keeping k = the singular values above tolerance * (largest of the whole triangle); or, with
-    `budget`, as few as keep the accumulated error within budget (an absolute Frobenius norm,
-    certified); at most `max_state`. States per step vary; they are padded with zeros to the
-    largest. A_t A_t^H + B_t B_t^H = I: input-normal.
+    Parameters
+    ----------
+    attention_map: M. A causal one gives a Recurrence, an anticausal one an Anticausal, any other
+        a Bidirectional, whose anticausal half is strict; `side` asks for one part ("lower" with
+        the diagonal, "upper" with it) or for "both".
+    tolerance: singular values above tolerance times the norm of the triangle are kept.
+    form: "current" y_t = C_t h_t, states rank M[t:, :t] (1-based, ends included); "predictor"
+        y_t = C_t h_{t-1} + D_t u_t, states rank M[t+1:, :t], the fewest, returned as a
+        `Predictor` (causal maps only); "direct" y_t = C_t h_t + D_t u_t, the predictor's states,
+        and one more only in steps where the old state is read and lost at once.
+    gauge: "input-normal" (A_t A_t^H + B_t B_t^H = I) or "balanced", one decomposition of the
+        whole block a step, O(length^4).
+    budget: instead of the tolerance: as few states as keep ||E||_F within budget, certified
+        (of each half of a bidirectional map: budget / sqrt 2).
+    max_state: at most so many states; a sequence gives the number at each step.
 
-    Returns the recurrence (dense A) and ||tril(M) - map||_F (batch, head), which the discarded
-    singular values give exactly. Cost O(length^2 n^2) time, O(length n^2) memory, n the largest
-    order. Source: Dewilde and van der Veen (1998), chapter 3; van der Veen (1993).
+    States per step vary; they are padded with zeros to the largest (`states_kept` counts them).
+    Returns the system and ||M - its map||_F over the part asked for, (batch, head). Input-normal,
+    the discarded singular values give it exactly, sqrt(sum_t sum_{k>n_t} sigma_k(G_t)^2), at most
+    sqrt(length) times what any system of these sizes leaves; balanced, it is measured on the map.
+    Cost O(length^2 n^2) time, O(length n^2) memory, n the largest order. Raises DsfShapeError
+    unless the map is square, DsfValueError on impossible options.
+    Source: Dewilde and van der Veen (1998), chapter 3; van der Veen (1993).
     """
-    length = _square("dsf.realise", attention_map)
-    if not 0 <= tolerance < 1:
-        raise DsfValueError(f"dsf.realise: tolerance: expected in [0, 1), got {tolerance}.")
-    batch, head = attention_map.shape[:2]
+    length = square("dsf.realise", attention_map)
+    _check(tolerance, form, gauge, side, budget, max_state, length)
     wide = torch.complex128 if attention_map.is_complex() else torch.float64
-    heads = [
-        _realise_one(attention_map[b, h].tril().to(wide), tolerance, budget, max_state)
-        for b in range(batch)
-        for h in range(head)
-    ]
-    n = max([1, *(a.shape[0] for steps, _ in heads for a, _, _ in steps)])
-    A = torch.zeros(batch * head, length, n, n, dtype=wide)
-    B = torch.zeros(batch * head, length, n, 1, dtype=wide)
-    C = torch.zeros(batch * head, length, 1, n, dtype=wide)
-    for i, (steps, _) in enumerate(heads):
+    M = attention_map.detach().to(wide)
+    used = side or _sides(M)
+    rule = _Rule(tolerance, budget, max_state, gauge)
+    if used == "lower":
+        return _causal(M.tril(), form, rule)
+    if form == "predictor":
+        raise DsfValueError(
+            f"dsf.realise: form: expected current or direct for a map with entries above the "
+            f"diagonal ({used}), got predictor. Pass side='lower'."
+        )
+    if used == "upper":
+        found, error = _causal(M.triu().flip(-1, -2), form, rule.reversed())
+        return Anticausal(_recurrence(found).flip_time()), error
+    if budget is not None:
+        rule = rule.half()
+    causal, first = _causal(M.tril(), form, rule)
+    later, second = _causal(M.triu(1).flip(-1, -2), "direct", rule.reversed())
+    back = _recurrence(later).replace(D=None).flip_time()
+    both = Bidirectional(_recurrence(causal), Anticausal(back, strict=True))
+    return both, torch.hypot(first, second)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """How many singular values to keep: by tolerance, budget and largest sizes."""
+
+    tolerance: float
+    budget: float | None
+    max_state: int | Sequence[int] | None
+    gauge: Gauge
+
+    def keep(self, sigma: Tensor, floor: float, lost: float, t: int) -> tuple[int, float]:
+        """The number to keep at step t and the sum of squares lost with the rest."""
+        tails = torch.flip(torch.cumsum(torch.flip(sigma**2, (0,)), 0), (0,))
+        if self.budget is None:
+            keep = int((sigma > floor).sum())
+        else:
+            keep = int((tails > max(self.budget**2 - lost, 0.0) * (1 - 1e-12)).sum())
+        if self.max_state is not None:
+            most = self.max_state if isinstance(self.max_state, int) else self.max_state[t]
+            keep = min(keep, most)
+        return keep, float(tails[keep]) if keep < len(tails) else 0.0
+
+    def half(self) -> _Rule:
+        assert self.budget is not None
+        return dataclasses.replace(self, budget=self.budget / math.sqrt(2))
+
+    def reversed(self) -> _Rule:
+        """The same sizes counted from the last step."""
+        sizes = self.max_state
+        if sizes is None or isinstance(sizes, int):
+            return self
+        return dataclasses.replace(self, max_state=list(sizes)[::-1])
+
+
+def _causal(
+    lower: Tensor, form: Form, rule: _Rule
+) -> tuple[Recurrence | Predictor, Tensor]:  # fmt: skip
+    batch, head, length = lower.shape[:3]
+    strict = form != "current"
+    one = _sequential if rule.gauge == "input-normal" else _balanced
+    heads = [one(lower[b, h], strict, rule) for b in range(batch) for h in range(head)]
+    A, B, C = _padded([steps for steps, _ in heads], batch, head, length, lower)
+    error = torch.tensor([e for _, e in heads], dtype=torch.float64).reshape(batch, head)
+    if not strict:
+        found: Recurrence | Predictor = Recurrence(
+            Dense(A), B, C, system="realised", gauge=rule.gauge)  # fmt: skip
+    else:
+        D = lower.diagonal(dim1=-2, dim2=-1).transpose(1, 2)[..., None, None]
+        found = Predictor(A, B, C, D)
+        found = found.recurrence() if form == "direct" else found
+    if rule.gauge == "balanced":
+        gap = materialise(_recurrence(found)) - lower
+        error = torch.linalg.matrix_norm(gap).to(torch.float64)
+    return found, error.to(lower.device)
+
+
+def _recurrence(found: Recurrence | Predictor) -> Recurrence:
+    return found.recurrence() if isinstance(found, Predictor) else found
+
+
+def _sequential(lower: Tensor, strict: bool, rule: _Rule) -> tuple[Steps, float]:
+    """Input-normal steps and the error's norm; with `strict` in predictor form."""
+    length = lower.shape[0]
+    floor = rule.tolerance * _norm(lower.tril(-1) if strict else lower)
+    Y = lower.new_zeros(length + (0 if strict else 1), 0)
+    steps, lost = [], 0.0
+    for t in range(length):
+        before = Y[:1]
+        G = torch.cat([Y[1:], lower[t + strict :, t : t + 1]], dim=1)
+        _, sigma, Zh = torch.linalg.svd(G, full_matrices=False)
+        keep, more = rule.keep(sigma, floor, lost, t)
+        lost += more
+        Z = Zh[:keep]
+        Y = G @ Z.mH
+        steps.append((Z[:, :-1], Z[:, -1:], before if strict else Y[:1]))
+    return steps, math.sqrt(lost)
+
+
+def _balanced(lower: Tensor, strict: bool, rule: _Rule) -> tuple[Steps, float]:
+    """Balanced steps: both Gramians of step t are the singular values of its block."""
+    length = lower.shape[0]
+    floor = rule.tolerance * _norm(lower.tril(-1) if strict else lower)
+    seen = lower.new_zeros(length + (0 if strict else 1), 0)
+    steps, lost = [], 0.0
+    for t in range(length):
+        U, sigma, Zh = torch.linalg.svd(lower[t + strict :, : t + 1], full_matrices=False)
+        keep, more = rule.keep(sigma, floor, lost, t)
+        lost += more if rule.budget is not None else 0.0
+        root = sigma[:keep].sqrt().to(lower.dtype)
+        A = (U[:, :keep] / root).mH @ seen[1:]
+        B = root[:, None] * Zh[:keep, -1:]
+        before, seen = seen[:1], U[:, :keep] * root
+        steps.append((A, B, before if strict else seen[:1]))
+    return steps, math.nan
+
+
+def _padded(
+    heads: list[Steps], batch: int, head: int, length: int, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps of different sizes in one array each, (batch, time, head, ...), zeros at the end."""
+    n = max([1, *(a.shape[0] for steps in heads for a, _, _ in steps)])
+    require_memory(
+        "dsf.realise", "transitions", ("batch", "time", "head", "state", "state"),
+        (batch, length, head, n, n), like.dtype, device=like.device,
+        advice="Pass max_state= or a larger tolerance, or fewer heads.",
+    )  # fmt: skip
+    A = like.new_zeros(batch * head, length, n, n)
+    B, C = like.new_zeros(batch * head, length, n, 1), like.new_zeros(batch * head, length, 1, n)
+    for i, steps in enumerate(heads):
         for t, (a, b, c) in enumerate(steps):
             A[i, t, : a.shape[0], : a.shape[1]] = a
             B[i, t, : b.shape[0]] = b
@@ -182,88 +208,42 @@ def realise(
     def spread(x: Tensor) -> Tensor:
         return x.unflatten(0, (batch, head)).transpose(1, 2)
 
-    error = torch.tensor([e for _, e in heads], dtype=torch.float64).reshape(batch, head)
-    system = Recurrence(
-        Dense(spread(A)), spread(B), spread(C), system="realised", gauge="input-normal"
-    )
-    return system, error
+    return spread(A), spread(B), spread(C)
 
 
-def _realise_one(
-    lower: Tensor, tolerance: float, budget: float | None, max_state: int | None
-) -> tuple[list[tuple[Tensor, Tensor, Tensor]], float]:
-    """A_t (n_t, n_{t-1}), B_t (n_t, 1), C_t (1, n_t) of every step, and the error's norm."""
-    length = lower.shape[0]
-    floor = tolerance * _largest_block_norm(lower)
-    Y = lower.new_zeros(length + 1, 0)
-    steps, lost = [], 0.0
-    for t in range(length):
-        G = torch.cat([Y[1:], lower[t:, t : t + 1]], dim=1)
-        _, sigma, Zh = torch.linalg.svd(G, full_matrices=False)
-        tails = torch.flip(torch.cumsum(torch.flip(sigma**2, (0,)), 0), (0,))
-        if budget is None:
-            keep = int((sigma > floor).sum())
-        else:
-            keep = int((tails > max(budget**2 - lost, 0.0) * (1 - 1e-12)).sum())
-        keep = keep if max_state is None else min(keep, max_state)
-        lost += float(tails[keep]) if keep < len(tails) else 0.0
-        Z = Zh[:keep]
-        Y = G @ Z.mH
-        steps.append((Z[:, :-1], Z[:, -1:], Y[:1]))
-    return steps, math.sqrt(lost)
-
-
-def _largest_block_norm(lower: Tensor) -> float:
-    """max_t sigma_1(M[t:, :t+1]) is at most the triangle's own norm, which is cheap to have."""
+def _norm(lower: Tensor) -> float:
+    """No block's largest singular value is above the triangle's, which is cheap to have."""
     return float(torch.linalg.matrix_norm(lower, 2)) if lower.numel() else 0.0
 
 
-def reachability(
-    recurrence: Recurrence, position: int = -1, *, strict: bool = False
-) -> Inexact[Tensor, "batch head state key"]:
-    """The matrix that maps an output row c at `position` to its weights over the keys, c R.
-
-        R_t = [ A_t ... A_2 B_1, ..., A_t B_{t-1}, B_t ]
-
-    `strict` leaves out the token itself (its column is zero). With several inputs the columns of
-    a key stand side by side, (key input). The scan is run backwards on the identity, exact and
-    safe for any decay. Cost O(t state^2), O(t state) where A is diagonal; memory state x t.
-    Source: realisation theory.
-    """
-    r = recurrence.dense_factors()
-    batch, length, head = r.lead_shape()
-    t = range(length)[position]
-    wide = torch.complex128 if r.dtype.is_complex else torch.float64
-    n = r.n_state
-    alone = isinstance(r.A, Identity | Scalar | Diagonal)  # then (A..A)^T is kept as its diagonal
-    start = torch.ones(n, 1, dtype=wide) if alone else torch.eye(n, dtype=wide)
-    onward = start.to(r.device).expand(batch, head, n, -1)  # (A..A)^T
-    columns = []
-    for j in range(t, -1, -1):
-        b = _at(r.B, j).to(wide)
-        own = (onward * b if alone else mm(onward.mT, b)).expand(batch, head, n, -1)
-        columns.append(torch.zeros_like(own) if strict and j == t else own)
-        onward = r.A.at(j).apply_transposed(onward).to(wide)
-    return torch.cat(columns[::-1], dim=-1)
+def _sides(M: Tensor) -> Side | Literal["both"]:
+    above = bool((M.triu(1) != 0).any())
+    below = bool((M.tril(-1) != 0).any())
+    return "lower" if not above else "both" if below else "upper"
 
 
-def _at(x: Tensor | object, t: int) -> Tensor:
-    assert isinstance(x, Tensor)
-    return x[:, t if x.shape[1] > 1 else 0]
-
-
-def _square(function: str, attention_map: Tensor) -> int:
-    query, key = attention_map.shape[-2:]
-    if query != key:
-        raise DsfShapeError(
-            f"{function}: map: expected as many queries as keys, got "
-            f"{named_sizes(('query', 'key'), (query, key))}."
+def _check(
+    tolerance: float, form: str, gauge: str, side: str | None, budget: float | None,
+    max_state: int | Sequence[int] | None, length: int,
+) -> None:  # fmt: skip
+    if not 0 <= tolerance < 1:
+        raise DsfValueError(f"dsf.realise: tolerance: expected in [0, 1), got {tolerance}.")
+    for name, given, known in (
+        ("form", form, ("current", "direct", "predictor")),
+        ("gauge", gauge, ("input-normal", "balanced")),
+        ("side", side, (None, "lower", "upper", "both")),
+    ):
+        if given not in known:
+            raise DsfValueError(f"dsf.realise: {name}: expected one of {known}, got {given!r}.")
+    if budget is not None and (budget < 0 or gauge == "balanced"):
+        raise DsfValueError(
+            f"dsf.realise: budget: expected at least 0 and gauge='input-normal', whose error is "
+            f"known step by step, got {budget} with {gauge}."
         )
-    return query
-
-
-def _cuts(function: str, cuts: Sequence[int] | None, length: int) -> list[int]:
-    chosen = list(range(1, length)) if cuts is None else [int(t) for t in cuts]
-    if any(not 0 < t < length for t in chosen):
-        raise DsfValueError(f"{function}: cuts: expected within 1..{length - 1}, got {chosen}.")
-    return chosen
+    sizes = [max_state] if isinstance(max_state, int) else list(max_state or [])
+    several = max_state is not None and not isinstance(max_state, int)
+    if any(n < 0 for n in sizes) or (several and len(sizes) != length):
+        raise DsfValueError(
+            f"dsf.realise: max_state: expected one number of states or {length} of them, none "
+            f"negative, got {max_state}."
+        )

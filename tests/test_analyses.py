@@ -15,6 +15,7 @@ needs_weights = pytest.mark.skipif(
 )
 
 SMALL = {
+    "gates_and_sinks": (["--tokens", "12"], ["nc", "csv", "pdf", "png"]),
     "injectivity": (["--tokens", "12"], ["nc", "csv", "pdf", "png"]),
     "memory_horizon": (
         ["--tokens", "12", "--systems", "gla", "rglru"],

@@ -1,182 +1,305 @@
-"""Maps to states: rebuilt exactly, orders found, errors known, from blocks and from states."""
+"""Maps to states: rebuilt exactly in every form and gauge, orders found, errors known."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from systems_with_states import STRUCTURES, of_structure, random, relative, selective, softmax
 
 import dsf
 from dsf.errors import DsfMemoryError, DsfShapeError, DsfValueError
-from dsf.realisation import (
-    block_singular_values,
-    epsilon_ranks,
-    hankel_singular_values,
-    reachability,
-    realise,
-)
-from dsf.transitions import Dense, Diagonal, Householder, Identity, Shift
+from dsf.map_blocks import block_singular_values, minimal_states
+from dsf.realisation import realise
+from dsf.transitions import Dense
 
-LENGTH = 20
-EXACT = 1e-11
+LENGTH = 40
+REBUILT = 1e-11
 ORTHONORMAL = 1e-12
+CONVERTED = 1e-12
+KNOWN_ORDER = 1e-12
+GAUGE = 1e-9
+ERROR = 1e-12
+FORMS = ["current", "direct", "predictor"]
+GAUGES = ["input-normal", "balanced"]
 
 
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+def as_recurrence(system: object) -> dsf.Recurrence:
+    found = system.recurrence() if isinstance(system, dsf.Predictor) else system
+    assert isinstance(found, dsf.Recurrence)
+    return found
 
 
-def recurrence(structure: str, n: int = 3) -> dsf.Recurrence:
-    lead = (2, LENGTH, 2)
-    k = torch.nn.functional.normalize(random(*lead, n, seed=5), dim=-1)
-    A = {
-        "diagonal": Diagonal(-random(*lead, n).abs()),
-        "resets": Diagonal.from_decay((random(*lead, n) > -1).double()),
-        "complex": Diagonal(-random(*lead, n).abs(), phase=random(*lead, n, seed=1)),
-        "householder": Householder(torch.sigmoid(random(*lead)), k),
-        "dense": Dense(random(*lead, n, n) / 2),
-        "shift": Shift(n),
-        "identity": Identity(n),
-    }[structure]
-    dtype = torch.complex128 if structure == "complex" else torch.float64
-    B = random(*lead, n, 1, seed=2, dtype=dtype)
-    C = random(*lead, 1, n, seed=3, dtype=dtype)
-    return dsf.Recurrence(A, B, C, real_output=structure == "complex")
+def rank_of(block: torch.Tensor, floor: float) -> int:
+    return int((torch.linalg.svdvals(block) > floor).sum()) if block.numel() else 0
 
 
-STRUCTURES = ["diagonal", "resets", "complex", "householder", "dense", "shift", "identity"]
+MAPS = {
+    "random": lambda: random(1, 2, LENGTH, LENGTH).tril(),
+    "order 3": lambda: dsf.materialise(selective(LENGTH, 3, head=2)),
+}
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_hankel_values_from_states_are_those_of_the_blocks(structure: str) -> None:
-    r = recurrence(structure)
-    fast, slow = hankel_singular_values(r), block_singular_values(dsf.materialise(r))
-    n = fast.shape[-1]
-    assert float((fast - slow[..., :n]).abs().max()) <= EXACT * float(slow.max())
-    assert float(slow[..., n:].abs().max()) <= EXACT * float(slow.max())
+@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_are_rebuilt_with_the_fewest_states(name: str, form: str, gauge: str) -> None:
+    """Items 1 and 2: map and orders of (3.1), (3.2), (3.3)."""
+    T = MAPS[name]()
+    system, error = realise(T, tolerance=1e-11, form=form, gauge=gauge)
+    r = as_recurrence(system)
+    assert relative(dsf.materialise(r), T) <= REBUILT
+    assert float(error.max()) <= REBUILT * float(T.norm())
+    orders = system.n_state if isinstance(system, dsf.Predictor) else dsf.states_kept(r)
+    strict = 1 if form == "predictor" else 0
+    floor = 1e-10 * float(torch.linalg.matrix_norm(T, 2).max())
+    for h in range(2):
+        for t in range(LENGTH):
+            block = T[0, h, t + strict :, : t + 1]
+            expected = rank_of(block, floor)
+            if form == "direct":  # the fewest over all values of the block's corner
+                a, b = T[0, h, t:, :t], T[0, h, t + 1 :, : t + 1]
+                expected = sum(rank_of(x, floor) for x in (a, b)) - rank_of(
+                    T[0, h, t + 1 :, :t], floor)  # fmt: skip
+            assert orders[0, h, t] == expected
+    if name == "order 3":
+        assert int(orders.max()) == 3
+    elif form == "predictor":
+        t = torch.arange(1, LENGTH + 1)
+        assert torch.equal(orders[0, 0], torch.minimum(t, LENGTH - t))
+    assert torch.equal(orders, minimal_states(T, form=form))
 
 
-def test_chosen_cuts_are_a_selection() -> None:
-    r = recurrence("diagonal")
-    every, some = hankel_singular_values(r), hankel_singular_values(r, [15, 2, 7])
-    assert torch.allclose(some, every[:, :, [14, 1, 6]], rtol=1e-12)
-    assert hankel_singular_values(r, []).shape == (2, 2, 0, 3)
+@pytest.mark.parametrize("length", [1, 2, 17, 128, 512])
+@pytest.mark.parametrize("order", [1, 8])
+def test_random_maps_of_known_order(order: int, length: int) -> None:
+    """The issue's figure: realise, then materialise, 1e-12 relative up to L = 512."""
+    T = dsf.materialise(selective(length, order, seed=length))
+    system, _ = dsf.realise(T)
+    assert system.n_state == min(order, (length + 1) // 2)
+    assert relative(dsf.materialise(system), T) <= KNOWN_ORDER
 
 
-def test_states_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(DsfMemoryError, match=r"factors: \(cut=19, batch=2, head=2, state=3"):
-        hankel_singular_values(recurrence("dense"), max_memory=100)
+@pytest.mark.parametrize("form", ["current", "predictor"])
+def test_states_are_input_normal(form: str) -> None:
+    """Item 3: A A^H + B B^H = I on the states in use."""
+    system, _ = realise(random(1, 1, LENGTH, LENGTH).tril(), form=form)
+    A = system.A.matrix if isinstance(system, dsf.Recurrence) else system.A
+    gram = A[0, :, 0] @ A[0, :, 0].mT + system.B[0, :, 0] @ system.B[0, :, 0].mT
+    r = as_recurrence(system)
+    kept = dsf.states_kept(r)[0, 0] if form == "current" else system.n_state[0, 0]
+    for t, n in enumerate(kept.tolist()):
+        assert float((gram[t, :n, :n] - torch.eye(n)).abs().max() if n else 0) <= ORTHONORMAL
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_reachability_gives_the_row_of_the_map(structure: str) -> None:
-    r = recurrence(structure)
-    weights = dsf.materialise(r)
-    for t in (0, 7, LENGTH - 1):
-        row = (r.C[:, t] @ reachability(r, t).to(r.C.dtype))[..., 0, :]
-        row = row.real if r.real_output else row
-        assert float((row - weights[:, :, t, : t + 1]).abs().max()) <= EXACT
+def test_balanced_states_have_both_gramians_equal_to_the_singular_values() -> None:
+    T = dsf.materialise(selective(12, 3))
+    r, _ = realise(T, gauge="balanced", tolerance=1e-11)
+    reach, see = dsf.gramian(r), dsf.gramian(r, "observability")
+    for t, n in enumerate(dsf.states_kept(r)[0, 0].tolist()):
+        sigma = torch.diag(torch.linalg.svdvals(T[0, 0, t:, : t + 1])[:n])
+        for W in (reach, see):
+            assert torch.allclose(W[0, t, 0, :n, :n], sigma, atol=1e-11)
 
 
-def test_a_random_triangle_is_rebuilt_with_full_order() -> None:
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("order", [1, 4, 8])
+def test_the_error_of_a_truncation_is_known_and_bounded(order: int, form: str) -> None:
+    """Item 4: the accumulated sum is the error, between (5.2) and (5.1)."""
+    T = dsf.materialise(softmax(LENGTH))
+    system, error = realise(T, max_state=order, form=form)
+    r = as_recurrence(system)
+    true = float((dsf.materialise(r) - T).norm())
+    assert float(error) == pytest.approx(true, rel=ERROR)
+    strict = 0 if form == "current" else 1
+    tails = [
+        float((torch.linalg.svdvals(T[0, 0, t + strict :, : t + 1])[order:] ** 2).sum())
+        for t in range(LENGTH)
+    ]
+    assert max(tails) * (1 - 1e-12) <= true**2 <= sum(tails) * (1 + 1e-12)
+
+
+def test_sizes_per_step_and_the_best_error_at_a_single_cut() -> None:
+    """Full but at one cut: the error is that of Eckart and Young there."""
+    T = dsf.materialise(softmax(LENGTH))
+    sizes = [LENGTH] * LENGTH
+    sizes[20] = 4
+    r, error = realise(T, max_state=sizes)
+    best = float((torch.linalg.svdvals(T[0, 0, 20:, :21])[4:] ** 2).sum().sqrt())
+    assert float(error) == pytest.approx(best, rel=1e-10)
+    assert relative(dsf.materialise(r), T) == pytest.approx(best / float(T.norm()), rel=1e-10)
+    assert int(dsf.states_kept(r)[0, 0, 20]) == 4
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("budget", [0.05, 0.5, 2.0])
+def test_a_budget_is_kept(budget: float, full: bool) -> None:
+    """Item 5."""
     T = random(1, 2, LENGTH, LENGTH)
-    r, error = realise(T)
-    assert float((dsf.materialise(r) - T.tril()).norm() / T.norm()) <= EXACT
-    assert float(error.max()) <= EXACT
-    assert r.n_state == (LENGTH + 1) // 2
-    upper_only = T.tril() + 7 * T.triu(1)
-    masked, _ = realise(upper_only)
-    assert torch.equal(masked.A.matrix, r.A.matrix), "entries above the diagonal must not matter"
+    T = T if full else T.tril()
+    r, error = realise(T, budget=budget)
+    true = torch.linalg.matrix_norm(dsf.materialise(r) - T)
+    assert torch.allclose(true, error, rtol=1e-8)
+    assert float(true.max()) <= budget * (1 + 1e-9)
+    assert float(true.min()) > 0
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_conversions_between_the_forms_keep_the_map(structure: str) -> None:
+    """Item 6: current -> predictor, and back by appended outputs or by solving for C."""
+    r = of_structure(structure).replace(D=random(1, 1, 2, 1, 1, seed=9))
+    T = dsf.materialise(r)
+    p = dsf.predictor_form(r)
+    n = 6 if structure == "complex" else 3
+    assert p.A.shape[-1] == n
+    for direct in (False, True):
+        back = p.recurrence(direct=direct)
+        assert relative(dsf.materialise(back), T) <= CONVERTED
+        assert (back.D is None) == (not direct)
+        assert back.n_state <= n + 1
+    by_hand = torch.stack([_predictor_row(p, t) for t in range(T.shape[-1])], -2)
+    assert relative(by_hand, T) <= CONVERTED
+
+
+def _predictor_row(p: dsf.Predictor, t: int) -> torch.Tensor:
+    """C_t A_{t-1} ... A_{j+1} B_j for j < t, then D_t: (2.2) written out."""
+    row, entries = p.C[:, t], [p.D[:, t, ..., 0, 0]]
+    for j in range(t - 1, -1, -1):
+        entries.append((row @ p.B[:, j])[..., 0, 0])
+        row = row @ p.A[:, j]
+    pad = torch.zeros_like(entries[0])
+    return torch.stack(entries[::-1] + [pad] * (p.A.shape[1] - t - 1), -1)
+
+
+def test_a_change_of_basis_keeps_the_map() -> None:
+    """Item 7: random S_t of condition up to 1e3."""
+    r = selective(LENGTH, 3)
+    U, V = (torch.linalg.qr(random(1, LENGTH + 1, 1, 3, 3, seed=s))[0] for s in (4, 5))
+    S = U @ torch.diag(torch.tensor([1000.0, 30, 1], dtype=torch.float64)) @ V
+    assert relative(dsf.materialise(dsf.change_of_basis(r, S)), dsf.materialise(r)) <= GAUGE
+
+
+@pytest.mark.parametrize("form", ["current", "direct"])
+@pytest.mark.parametrize("gauge", GAUGES)
+def test_both_halves_of_a_full_map(form: str, gauge: str) -> None:
+    """Item 8: causal plus anticausal reproduce T u; each half has its own fewest states."""
+    T, u = random(1, 2, 12, 12), random(1, 12, 2, 5, seed=1)
+    both, error = dsf.realise(T, form=form, gauge=gauge)
+    assert isinstance(both, dsf.Bidirectional)
+    assert both.anticausal.strict
+    expected = torch.einsum("bhqk,bkhc->bqhc", T, u)
+    assert relative(dsf.scan(both, u), expected) <= CONVERTED
+    assert relative(dsf.materialise(both), T) <= CONVERTED
+    assert float(error.max()) <= 1e-12
+    upper, error = realise(T.triu())
+    assert isinstance(upper, dsf.Anticausal)
+    assert relative(dsf.materialise(upper), T.triu()) <= CONVERTED
+
+
+def test_low_orders_of_both_halves_are_found_and_truncated() -> None:
+    both = dsf.Bidirectional(selective(30, 2), dsf.anticausal(selective(30, 3, seed=7),
+                                                              strict=True))  # fmt: skip
+    T = dsf.materialise(both)
+    found, _ = realise(T, form="direct", tolerance=1e-11)
+    assert (found.causal.n_state, found.anticausal.recurrence.n_state) == (2, 3)
+    assert relative(dsf.materialise(found), T) <= CONVERTED
+    less, error = realise(T, max_state=1)
+    assert float(error) == pytest.approx(float((dsf.materialise(less) - T).norm()), rel=1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masking_zero_and_diagonal_maps(form: str) -> None:
+    """Item 12: T and tril(T) agree; zero and diagonal maps have order 0 in predictor form."""
+    T = random(1, 1, 9, 9)
+    one, two = (realise(x, form=form, side="lower")[0] for x in (T, T.tril()))
+    assert torch.equal(as_recurrence(one).A.matrix, as_recurrence(two).A.matrix)
+    eye = torch.eye(5, dtype=torch.float64)[None, None]
+    for M, order in ((0 * eye, 0), (eye, 1 if form == "current" else 0)):
+        system, error = realise(M, form=form)
+        kept = system.n_state if isinstance(system, dsf.Predictor) else (
+            dsf.states_kept(as_recurrence(system)))  # fmt: skip
+        # direct: D holds the diagonal
+        assert int(kept.max()) == order
+        assert torch.equal(dsf.materialise(as_recurrence(system)), M)
+        assert float(error) == 0
+    assert float(block_singular_values(eye).max()) == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_several_channels_and_streaming(form: str) -> None:
+    """Items 13 and 14: T V for P_v channels, state (n_t, P_v), and the same step by step."""
+    T, u = random(1, 1, LENGTH, LENGTH).tril(), random(1, LENGTH, 1, 5, seed=1)
+    r = as_recurrence(realise(T, form=form)[0])
+    expected = (T[0, 0] @ u[0, :, 0])[None, :, None]
+    assert relative(dsf.scan(r, u), expected) <= CONVERTED
+    state, outputs = None, []
+    for t in range(LENGTH):
+        y, state = dsf.step(r.time_slice(t, t + 1), u[:, t], state)
+        assert state.shape == (1, 1, r.n_state, 5)
+        outputs.append(y)
+    assert relative(torch.stack(outputs, 1), expected) <= CONVERTED
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_recurrence_is_found_again_from_its_map(structure: str) -> None:
-    weights = dsf.materialise(recurrence(structure))
+    weights = dsf.materialise(of_structure(structure))
     r, _ = realise(weights, tolerance=1e-11)
-    assert float((dsf.materialise(r) - weights).norm() / weights.norm()) <= EXACT
+    assert relative(dsf.materialise(r), weights) <= REBUILT
     assert r.n_state <= (6 if structure == "complex" else 3)
 
 
-def test_zero_and_diagonal_maps() -> None:
-    zero, _ = realise(torch.zeros(1, 1, 5, 5, dtype=torch.float64))
-    assert float(dsf.materialise(zero).abs().max()) == 0
-    eye = torch.eye(5, dtype=torch.float64)[None, None]
-    r, _ = realise(eye)
-    assert r.n_state == 1
-    assert torch.allclose(dsf.materialise(r), eye)
-    assert float(block_singular_values(eye).max()) == 0
+def test_complex_strided_and_empty_maps() -> None:
+    T = random(1, 2, 9, 9, dtype=torch.complex128).tril()
+    assert relative(dsf.materialise(realise(T)[0]), T) <= REBUILT
+    wide = random(1, 2, 18, 9)
+    strided = wide[:, :, ::2].mT.tril()
+    assert relative(dsf.materialise(realise(strided)[0]), strided) <= REBUILT
+    for form in FORMS:
+        r, error = realise(torch.zeros(1, 2, 0, 0, dtype=torch.float64), form=form)
+        assert float(error.sum()) == 0
+        assert as_recurrence(r).A.matrix.shape[1] == 0
 
 
-def test_states_are_input_normal() -> None:
-    r, _ = realise(random(1, 1, LENGTH, LENGTH))
-    A, B = r.A.matrix[0, :, 0], r.B[0, :, 0]
-    gram = A @ A.mT + B @ B.mT
-    for t in range(LENGTH):
-        n = int(gram[t].diagonal().sum().round())
-        assert float((gram[t, :n, :n] - torch.eye(n)).abs().max()) <= ORTHONORMAL
-
-
-@pytest.mark.parametrize("order", [1, 4, 8])
-def test_the_error_of_a_truncation_is_known_and_bounded(order: int) -> None:
-    q = random(1, LENGTH, 1, 4)
-    rows = dsf.SoftmaxRows(q, random(1, LENGTH, 1, 4, seed=1))
-    T = dsf.materialise(dsf.Recurrence(Identity(LENGTH), dsf.OneHot(LENGTH, LENGTH), rows))
-    r, error = realise(T, max_state=order)
-    assert r.n_state == order
-    true = float((dsf.materialise(r) - T).norm())
-    assert float(error) == pytest.approx(true, rel=1e-10)
-    tails = [
-        float((torch.linalg.svdvals(T[0, 0, t:, : t + 1])[order:] ** 2).sum())
-        for t in range(LENGTH)
-    ]
-    assert max(tails) * (1 - 1e-9) <= true**2 <= sum(tails) * (1 + 1e-9)
-
-
-@pytest.mark.parametrize("budget", [0.05, 0.5, 2.0])
-def test_a_budget_is_kept(budget: float) -> None:
-    T = random(1, 2, LENGTH, LENGTH)
-    r, error = realise(T, budget=budget)
-    true = torch.linalg.matrix_norm(dsf.materialise(r) - T.tril())
-    assert torch.allclose(true, error, rtol=1e-8)
-    assert float(true.max()) <= budget * (1 + 1e-9)
-    assert float(true.max()) > 0
-
-
-def test_several_channels_and_streaming() -> None:
-    T, u = random(1, 1, LENGTH, LENGTH), random(1, LENGTH, 1, 5, seed=1)
-    r, _ = realise(T)
-    expected = (T[0, 0].tril() @ u[0, :, 0])[None, :, None]
-    assert torch.allclose(dsf.scan(r, u), expected, atol=1e-12)
-    state, outputs = None, []
-    for t in range(LENGTH):
-        y, state = dsf.step(r.time_slice(t, t + 1), u[:, t], state)
-        outputs.append(y)
-    assert torch.allclose(torch.stack(outputs, 1).flatten(), expected.flatten(), atol=1e-12)
-
-
-def test_epsilon_ranks_of_given_values() -> None:
-    sigma = torch.tensor([[[10.0, 1, 0.05], [5, 0, 0]]], dtype=torch.float64)
-    assert epsilon_ranks(sigma, 0.01).tolist() == [[2, 1]]
-    assert epsilon_ranks(sigma, 0.001).tolist() == [[3, 1]]
-    assert epsilon_ranks(sigma, 0.2, criterion="frobenius").tolist() == [[1, 1]]
-    assert epsilon_ranks(torch.zeros(1, 2, 3), 0.01, criterion="frobenius").tolist() == [[0, 0]]
-    noise = 1e-15 * torch.ones(1, 1, 50, dtype=torch.float64)
-    both = torch.cat([torch.cat([torch.ones(1, 1, 1).double(), noise[..., 1:]], -1), noise], 1)
-    assert epsilon_ranks(both, 1e-12).tolist() == [[1, 0]], "noise of a weak block must not count"
-
-
-def test_maps_that_are_not_square_are_refused() -> None:
+def test_impossible_requests_are_refused() -> None:
     with pytest.raises(DsfShapeError, match=r"got \(query=3, key=4\)"):
         realise(random(1, 1, 3, 4))
-    with pytest.raises(DsfShapeError, match="as many queries as keys"):
-        block_singular_values(random(3, 4))
-    with pytest.raises(DsfValueError, match=r"tolerance: expected in \[0, 1\)"):
-        realise(random(1, 1, 3, 3), tolerance=2.0)
+    T = random(1, 1, 3, 3)
+    for options, message in (
+        ({"tolerance": 2.0}, r"tolerance: expected in \[0, 1\)"),
+        ({"form": "predictor"}, "form: expected current or direct for a map with entries above"),
+        ({"budget": 1.0, "gauge": "balanced"}, "budget: expected at least 0 and gauge="),
+        ({"max_state": [1, 2]}, "max_state: expected one number of states or 3 of them"),
+    ):
+        with pytest.raises(DsfValueError, match=message):
+            realise(T, **options)
+    r = of_structure("dense").replace(initial_state=torch.ones(1, 1, 3, 1, dtype=torch.float64))
+    with pytest.raises(DsfValueError, match="initial_state: expected None"):
+        dsf.predictor_form(r)
+    two = dsf.Predictor(
+        *(torch.ones(1, 4, 1, *s).double() for s in ((2, 2), (2, 1), (2, 2), (2, 1)))
+    )
+    with pytest.raises(DsfValueError, match="expected output=1, got 2"):
+        two.recurrence()
 
 
-def test_values_are_ordered_and_padded() -> None:
-    sigma = block_singular_values(random(LENGTH, LENGTH))
-    assert sigma.shape == (LENGTH - 1, LENGTH // 2)
-    assert bool((sigma.diff(dim=-1) <= 0).all())
-    counts = (sigma > 1e-12).sum(-1).numpy()
-    assert np.array_equal(counts, np.minimum(np.arange(1, LENGTH), LENGTH - np.arange(1, LENGTH)))
+def test_transitions_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    T = random(1, 1, 40, 40).tril()
+    monkeypatch.setattr("dsf.memory.available_bytes", lambda device: 100_000)
+    with pytest.raises(DsfMemoryError, match=r"transitions: \(batch=1, time=40, head=1, state=20"):
+        realise(T)
+    assert realise(T, max_state=2)[0].n_state == 2
+
+
+def test_an_appended_output_is_only_where_it_is_needed() -> None:
+    """A reset forgets the state that the same output still reads: one state more, once."""
+    r = selective(9, 2)
+    decay = r.A.decay().clone()
+    decay[:, 4] = 0
+    A = torch.diag_embed(decay)
+    p = dsf.predictor_form(r.replace(A=Dense(A)))
+    p = dsf.Predictor(p.A, p.B, torch.where(torch.arange(9)[:, None, None, None] == 4,
+                                            random(1, 1, 1, 1, 2), p.C), p.D)  # fmt: skip
+    back = p.recurrence()
+    T = torch.stack([_predictor_row(p, t) for t in range(9)], -2)
+    assert relative(dsf.materialise(back), T) <= CONVERTED
+    assert back.n_state == 3
+    assert dsf.states_kept(back)[0, 0].tolist() == [2, 2, 2, 2, 3, 2, 2, 2, 2]

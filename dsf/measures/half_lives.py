@@ -9,13 +9,10 @@ import xarray as xr
 from torch import Tensor
 
 from dsf.axes import to_xarray
-from dsf.errors import DsfTypeError, DsfValueError
-from dsf.maps import system_attrs
-from dsf.measures._maps import precision_of
-from dsf.realisation import Side
-from dsf.recurrence import Recurrence
-from dsf.transitions import Decay, DiagonalLowRank, Identity, Scalar, Shift, Transition
-from dsf.wrappers import Anticausal, Bidirectional, Gated, System
+from dsf.map_blocks import Side
+from dsf.measures._one_side import decay_logs, one_side, side_attrs
+from dsf.transitions import Identity, Shift, Transition
+from dsf.wrappers import System
 
 __all__ = ["memory_half_life", "survival_steps"]
 
@@ -47,7 +44,7 @@ def memory_half_life(
     Returns (batch, head, state) in steps. Cost: O(length state) from logs, O(length state^3)
     otherwise. Source: MetaLA (Chou et al., 2024), section 3; Sieber et al. (2024), section 4.
     """
-    r, used = _part(system, side)
+    r, used = one_side(system, side, "memory_half_life")
     A = r.A
     if isinstance(A, Identity):
         value = torch.full((1, 1, A.n_state), math.inf, dtype=torch.float64)
@@ -57,7 +54,7 @@ def memory_half_life(
         value = torch.ceil(left / max(A.amount, 1))[None, None]
         expansive, method = 0, "steps until a value leaves the register"
     else:
-        logs = _logs(A)
+        logs = decay_logs(A)
         exact = logs is not None
         rate = -_mean_log(logs) if exact else _rate_by_norms(A, length)
         value = torch.where(rate > 0, math.log(2) / rate, math.inf)
@@ -70,7 +67,8 @@ def memory_half_life(
     value = value.expand(lead[0], lead[2], -1)
     return to_xarray(
         value, ("batch", "head", "state"), name="memory_half_life",
-        attrs={**_attrs(system, r, used), "method": method, "expansive": expansive,
+        attrs={**side_attrs(system, r, used), "units": "step", "method": method,
+               "expansive": expansive,
                "long_name": "steps until half of a state's content is left"},
     )  # fmt: skip
 
@@ -83,7 +81,7 @@ def survival_steps(system: System, *, side: Side | None = None) -> xr.DataArray:
     reached within the sequence. Returns (batch, time, head, state) in steps. Cost: O(length
     state) memory for scalar and diagonal transitions; dense ones O(length^2 state^3) time.
     """
-    r, used = _part(system, side)
+    r, used = one_side(system, side, "survival_steps")
     lead = r.lead_shape()
     if isinstance(r.A, Identity):
         steps = torch.full((1, 1, 1, r.n_state), math.inf, dtype=torch.float64)
@@ -91,20 +89,13 @@ def survival_steps(system: System, *, side: Side | None = None) -> xr.DataArray:
         steps = _survival(r.A)
     return to_xarray(
         steps.expand(*lead, r.n_state), ("batch", "time", "head", "state"), name="survival_steps",
-        attrs={**_attrs(system, r, used), "method": "first passage of 1/2, log-interpolated",
+        attrs={**side_attrs(system, r, used), "units": "step",
+               "method": "first passage of 1/2, log-interpolated",
                "long_name": "steps until half of a state's content is left"},
     )  # fmt: skip
 
 
 # -- rates -------------------------------------------------------------------------------------
-
-
-def _logs(A: Transition) -> Tensor | None:
-    """log |a| (batch, time, head, state), float64, -inf for exact zeros; None if not diagonal."""
-    if not isinstance(A, Decay) or isinstance(A, DiagonalLowRank):
-        return None
-    logs = A.log_decay.detach().to(torch.float64)
-    return logs[..., None].expand(*logs.shape, A.n_state) if isinstance(A, Scalar) else logs
 
 
 def _mean_log(logs: Tensor) -> Tensor:
@@ -141,7 +132,7 @@ def _survival(A: Transition) -> Tensor:
     """First passage of ||product e_n|| through 1/2 from every step, (batch, time, head, state)."""
     batch, length, head = A.lead_shape()
     out = torch.full((batch, length, head, A.n_state), math.inf, dtype=torch.float64)
-    logs = _logs(A)
+    logs = decay_logs(A)
     logs = logs if logs is None else logs.expand(batch, length, head, -1)
     for start in range(length - 1):
         out[:, start] = (
@@ -176,41 +167,6 @@ def _mean_survival(steps: Tensor) -> Tensor:
     reached = torch.isfinite(steps)
     total = steps.masked_fill(~reached, 0.0).sum(1)
     return torch.where(reached.any(1), total / reached.sum(1).clamp(min=1), math.inf)
-
-
-# -- which part --------------------------------------------------------------------------------
-
-
-def _part(system: System, side: Side | None) -> tuple[Recurrence, Side]:
-    """The recurrence of one direction, in the order of its own time."""
-    if isinstance(system, Gated):
-        return _part(system.system, side)
-    if isinstance(system, Bidirectional):
-        return _part(system.anticausal if side == "upper" else system.causal, None)
-    if isinstance(system, Anticausal):
-        if side == "lower":
-            raise DsfValueError(
-                "dsf.memory_half_life: side: expected upper for an anticausal system, got lower."
-            )
-        r = system.recurrence
-        return r.replace(A=r.A.flip_time()), "upper"
-    if not isinstance(system, Recurrence):
-        raise DsfTypeError(
-            f"dsf.memory_half_life: system: expected a dsf system, got {type(system)}; a bare map "
-            f"has no states, see dsf.measures.effective_horizon."
-        )
-    if side == "upper":
-        raise DsfValueError(
-            "dsf.memory_half_life: side: expected lower for a causal system, got upper."
-        )
-    return system, "lower"
-
-
-def _attrs(system: System, r: Recurrence, side: Side) -> dict:
-    return {
-        **system_attrs(system), "side": side, "units": "step",
-        "precision": precision_of(r),
-    }  # fmt: skip
 
 
 MEASURES = (memory_half_life, survival_steps)
