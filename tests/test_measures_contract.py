@@ -20,7 +20,9 @@ from dsf.transitions import Dense, Diagonal, Identity, Scalar
 MEASURES = dsf.measures.registered()
 LENGTH = 7
 OF_MAPS = [n for n, f in MEASURES.items() if n not in (
-    "injectivity", "local_modulus", "memory_half_life", "survival_steps", "n_state")]  # fmt: skip
+    "injectivity", "local_modulus", "memory_half_life", "survival_steps", "n_state",
+    "lyapunov_spectrum", "transition_eigenvalues", "monodromy_eigenvalues", "state_product_norm",
+    "stability")]  # fmt: skip
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

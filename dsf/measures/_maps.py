@@ -29,7 +29,10 @@ TILE_BYTES = 2**25
 
 @dataclasses.dataclass(frozen=True)
 class MapSource:
-    """Tiles (*lead, query, key) of a map, which keys each row may see, and the labels to keep."""
+    """Tiles (*lead, query, key) of a map, which keys each row may see, and the labels to keep.
+
+    `system` is what the tiles come from, None for a map that is there already.
+    """
 
     lead_axes: tuple[str, ...]
     lead_shape: tuple[int, ...]
@@ -41,6 +44,7 @@ class MapSource:
     attrs: dict[str, Any]
     coords: dict[str, Any]
     positions: tuple[Tensor, Tensor]
+    system: System | None = None
 
     def tiles(self, block: int | None = None) -> Iterator[tuple[range, list[range]]]:
         """Row ranges with the key ranges that cover them, in the cheap direction.
@@ -147,7 +151,9 @@ def _from_system(system: System) -> MapSource:
     axes, shape = ["batch", "head"], [batch, head]
     if isinstance(system, Gated):
         gate = system.gate.shape
-        axes, shape = [*axes, "channel"], [max(batch, gate[0]), max(head, gate[2]), gate[3]]
+        shape = [max(batch, gate[0]), max(head, gate[2])]
+        if gate[3] > 1:  # a gate of one channel leaves the map without that axis
+            axes, shape = [*axes, "channel"], [*shape, gate[3]]
     several = r.n_input > 1 or r.n_output > 1
     if several:
         axes, shape = [*axes, "output", "input"], [*shape, r.n_output, r.n_input]
@@ -166,7 +172,7 @@ def _from_system(system: System) -> MapSource:
     return MapSource(
         tuple(axes), tuple(shape), total, total, read, visible, isinstance(r.C, MixingRows),
         {**system_attrs(system), "precision": precision_of(r, real=r.real_output)}, {},
-        (index, index),
+        (index, index), system,
     )  # fmt: skip
 
 

@@ -1,81 +1,95 @@
-"""Sums over each row of a map, gathered tile by tile, from which the row measures follow."""
+"""Sums over each row of a map: by scans where they have them, by tiles, or of some rows alone."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
 from dsf.measures._maps import MapSource, widened
+from dsf.measures._row_scans import scanned_sums
+from dsf.measures._row_tiles import Rows, row_tiles
+from dsf.measures._row_totals import RowSums
+from dsf.memory import require_memory
+
+__all__ = ["RowSums", "method_of", "row_sums", "share"]
 
 
-@dataclasses.dataclass(frozen=True)
-class RowSums:
-    """Over the n keys that a row w may see, each (*lead, query).
+def row_sums(
+    source: MapSource, block: int | None = None, rows: Rows | None = None, *,
+    signed: bool = True, scans: bool = True,
+) -> RowSums:  # fmt: skip
+    """The sums of every row, or of the rows asked for; memory O(length x block).
 
-    count n, mean, centred squares sum |w - mean|^2, absolute sum |w|, negative sum max(-w, 0),
-    n_negative, log_moment sum |w| ln |w|, first |w| at the first key.
+    By scans, without the map, where the system allows: count, mean, squares and first key of any
+    recurrence with dense coefficients; with `signed` the absolute and negative sums too, which
+    scans give for one state and for coefficients without negative entries. Else tile by tile,
+    always with `scans=False`.
     """
-
-    count: Tensor
-    mean: Tensor
-    squares: Tensor
-    absolute: Tensor
-    negative: Tensor
-    n_negative: Tensor
-    log_moment: Tensor
-    first: Tensor
-
-    def merge(self, other: RowSums) -> RowSums:
-        """The sums of two disjoint sets of keys (Chan, Golub and LeVeque, 1983)."""
-        count = self.count + other.count
-        share = other.count / count.clamp(min=1)
-        gap = other.mean - self.mean
-        added = {
-            name: getattr(self, name) + getattr(other, name)
-            for name in ("absolute", "negative", "n_negative", "log_moment", "first")
-        }
-        return RowSums(
-            count=count, mean=self.mean + share * gap,
-            squares=self.squares + other.squares + self.count * share * gap.abs() ** 2, **added,
-        )  # fmt: skip
+    kept = source.n_query if rows is None else len(rows)
+    require_memory(
+        "dsf.measures", "row sums", (*source.lead_axes, "query", "quantity"),
+        (*source.lead_shape, kept, len(dataclasses.fields(RowSums))), torch.float64,
+        advice="Measure fewer heads or fewer rows (queries=).",
+    )  # fmt: skip
+    if rows is not None:
+        parts = [_tile_sums(source, tile, seen, at, range(source.n_key))
+                 for at, tile, seen in row_tiles(source, rows, block)]  # fmt: skip
+        return RowSums.cat(parts) if parts else _empty(source, 0)
+    found = scanned_sums(source, block, signed=signed) if scans else None
+    return found if found is not None else _by_tiles(source, block)
 
 
-def row_sums(source: MapSource, block: int | None = None) -> RowSums:
-    """The sums of every row. Memory O(length x block). Squares are centred: no cancellation."""
+def method_of(sums: RowSums, rows: Rows | None) -> str:
+    """How the sums were had, for attrs."""
+    if rows is not None:
+        return f"{rows.described}, float64"
+    return "float64 scans, no map" if sums.scanned else "float64 sums by tiles"
+
+
+def _by_tiles(source: MapSource, block: int | None) -> RowSums:
     parts = []
     for rows, columns in source.tiles(block):
         total: RowSums | None = None
+        at = torch.arange(rows.start, rows.stop)
         for cols in columns:
-            part = _tile_sums(source, rows, cols)
+            tile, seen = source.read(rows, cols), source.visible(rows, cols)
+            part = _tile_sums(source, tile, seen, at, cols)
             total = part if total is None else total.merge(part)
         if total is not None:
             parts.append(total)
-    if not parts:
-        empty = torch.zeros(*source.lead_shape, source.n_query, dtype=torch.float64)
-        return RowSums(*[empty] * 8)
-    return RowSums(*[torch.cat([getattr(p, f.name) for p in parts], -1)
-                     for f in dataclasses.fields(RowSums)])  # fmt: skip
+    return RowSums.cat(parts) if parts else _empty(source, source.n_query)
 
 
-def _tile_sums(source: MapSource, rows: range, cols: range) -> RowSums:
-    w = widened(source.read(rows, cols))
-    seen = source.visible(rows, cols).to(w.device).expand(w.shape)
+def _empty(source: MapSource, n: int) -> RowSums:
+    return RowSums.same(torch.zeros(*source.lead_shape, n, dtype=torch.float64))
+
+
+def _tile_sums(
+    source: MapSource, tile: Tensor, seen: Tensor, rows: Tensor, cols: range
+) -> RowSums:
+    w = widened(tile)
+    seen = seen.to(w.device).expand(w.shape)
     count = seen.sum(-1).to(torch.float64)
     mean = w.sum(-1) / count.clamp(min=1)
     squares = ((w - mean[..., None]).abs() ** 2 * seen).sum(-1)
     size = w.abs()
     below = torch.full_like(size, torch.nan) if w.is_complex() else (-w).clamp(min=0)
-    first = source.positions[1][cols.start : cols.stop] == source.positions[1].min()
+    query, key = source.positions
+    key = key[cols.start : cols.stop]
+    first = key == source.positions[1].min()
+    lag = (query[rows][:, None] - key).abs().to(w.device, torch.float64)
     return RowSums(
         count=count, mean=mean, squares=squares, absolute=size.sum(-1), negative=below.sum(-1),
         n_negative=torch.where(below.isnan(), below, (below > 0).to(below.dtype)).sum(-1),
         log_moment=torch.xlogy(size, size).sum(-1), first=(size * first.to(w.device)).sum(-1),
+        distance=(size * lag).sum(-1),
     )  # fmt: skip
 
 
 def share(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole, NaN for a row without any weight."""
     alive = whole > 0
-    return torch.where(alive, part / whole.masked_fill(~alive, 1.0), torch.nan)
+    return torch.where(alive, part / whole.masked_fill(~alive, 1.0), math.nan)

@@ -2,53 +2,62 @@
 
 from __future__ import annotations
 
-import torch
 import xarray as xr
 
-from dsf.measures._maps import MapLike, MapSource, open_map
-from dsf.measures._rows import row_sums
+from dsf.measures._maps import MapLike
+from dsf.measures._row_measure import row_measure
+from dsf.measures._row_tiles import Queries
 
-__all__ = ["entropy", "perplexity"]
+__all__ = ["entropy", "participation", "perplexity"]
 
 
 def entropy(
-    system: MapLike, *, length: int | None = None, block: int | None = None
+    system: MapLike,
+    *,
+    length: int | None = None,
+    block: int | None = None,
+    queries: Queries | None = None,
 ) -> xr.DataArray:
     """The entropy of a row's absolute weights, in nats.
 
         H_t = -sum_j a_tj ln a_tj,    a_tj = |w_tj| / sum_i |w_ti|
 
     0 for a row on one key, ln n for n equal weights; signs do not matter. NaN for a row of zeros.
-    Parameters and cost as `row_sum`. Returns (batch, head, [channel,] query).
+    Parameters as `row_sum`; it needs every weight of a row: one pass over the map by tiles, or of
+    chosen rows alone. Returns (batch, head, [channel,] query).
     Source: Shannon (1948); ZeroS attention, weight diagnostics.
     """
-    source = open_map(system, length=length)
-    return _result(source, _entropy(source, block), "entropy", "nat")
+    return row_measure("entropy", system, length, block, queries)
 
 
 def perplexity(
-    system: MapLike, *, length: int | None = None, block: int | None = None
+    system: MapLike,
+    *,
+    length: int | None = None,
+    block: int | None = None,
+    queries: Queries | None = None,
 ) -> xr.DataArray:
     """The effective number of keys of a row, exp(entropy), between 1 and the keys it may see.
 
-    Parameters and cost as `row_sum`. Returns (batch, head, [channel,] query).
+    Parameters and cost as `entropy`. Returns (batch, head, [channel,] query).
     """
-    source = open_map(system, length=length)
-    return _result(source, torch.exp(_entropy(source, block)), "perplexity", "keys")
+    return row_measure("perplexity", system, length, block, queries)
 
 
-def _entropy(source: MapSource, block: int | None) -> torch.Tensor:
-    sums = row_sums(source, block)
-    total = sums.absolute.masked_fill(sums.absolute == 0, torch.nan)
-    return (torch.log(total) - sums.log_moment / total).clamp(min=0)
+def participation(
+    system: MapLike,
+    *,
+    length: int | None = None,
+    block: int | None = None,
+    queries: Queries | None = None,
+) -> xr.DataArray:
+    """The number of keys that take part in a row, ||w_t||_1^2 / ||w_t||_2^2.
+
+    1 for a row on one key, n for n weights of one size; signs do not matter. NaN for a row of
+    zeros. Parameters as `row_sum`; cost as `l1_mass`. Returns (batch, head, [channel,] query), in
+    keys. Source: ZeroS attention, weight diagnostics.
+    """
+    return row_measure("participation", system, length, block, queries)
 
 
-def _result(source: MapSource, values: torch.Tensor, name: str, units: str) -> xr.DataArray:
-    return source.result(
-        values, ("query",), name, units=units,
-        long_name=f"{name} of the absolute weights of a row",
-        method="ln S - sum |w| ln|w| / S in float64, by tiles",
-    )  # fmt: skip
-
-
-MEASURES = (entropy, perplexity)
+MEASURES = (entropy, participation, perplexity)

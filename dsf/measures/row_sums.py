@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import xarray as xr
 
-from dsf.measures._maps import MapLike, open_map
-from dsf.measures._rows import row_sums
+from dsf.measures._maps import MapLike
+from dsf.measures._row_measure import row_measure
+from dsf.measures._row_tiles import Queries
 
 __all__ = ["row_sum"]
 
 
 def row_sum(
-    system: MapLike, *, length: int | None = None, block: int | None = None
+    system: MapLike,
+    *,
+    length: int | None = None,
+    block: int | None = None,
+    queries: Queries | None = None,
 ) -> xr.DataArray:
     """The sum of the weights of every row, sum_j w_tj: the response to constant values.
 
@@ -22,18 +27,20 @@ def row_sum(
     ----------
     system: a dsf system, a map tensor (batch, head, [channel,] query, key) or a DataArray map.
     length: number of steps of a time-invariant system.
-    block: rows or columns of one tile; by default tiles of 32 MiB.
+    block: rows or columns of one tile, steps of one chunk of a scan; by default as large as is
+        quick within some hundred MiB.
+    queries: measure these rows alone: a list of positions (0-based), or a number, for a sample of
+        one row from each of so many equal stretches. `query_mean` gives the mean over a sample
+        with its standard error.
 
-    Returns (batch, head, [channel,] query), dimensionless, summed in float64; complex for a map
-    that is complex. Cost: one pass over the map by tiles, memory O(length x block).
+    Returns (batch, head, [channel,] query), dimensionless, in float64; complex for a map that is
+    complex. Cost for a recurrence with dense coefficients: scans, O(length x state x (state +
+    chunk)), without the map; for others one pass over the map by tiles, O(length^2). Of chosen
+    rows O(length x state x (state + chunk + rows)). Memory O(length x block). attrs `method` says
+    which. Raises DsfValueError on rows that are not there.
     Source: Sieber et al. (2024), equation 12; Lu et al. (2025) for the zero sum.
     """
-    source = open_map(system, length=length)
-    sums = row_sums(source, block)
-    return source.result(
-        sums.count * sums.mean, ("query",), "row_sum",
-        long_name="sum of the weights of a row", units="1", method="float64 sums by tiles",
-    )  # fmt: skip
+    return row_measure("row_sum", system, length, block, queries)
 
 
 MEASURES = (row_sum,)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 import xarray as xr
 
-from dsf.measures._maps import MapLike, open_map
-from dsf.measures._rows import row_sums
+from dsf.measures._maps import MapLike
+from dsf.measures._row_measure import row_measure
+from dsf.measures._row_tiles import Queries
 
 __all__ = ["scaled_spread", "spread"]
 
 
 def spread(
-    system: MapLike, *, length: int | None = None, block: int | None = None
+    system: MapLike,
+    *,
+    length: int | None = None,
+    block: int | None = None,
+    queries: Queries | None = None,
 ) -> xr.DataArray:
     """The zero-sum spread of every row: the size of what is left when its mean is taken away.
 
@@ -22,14 +26,19 @@ def spread(
     which a bare map cannot know). 0 for uniform attention, largest, sqrt(n - 1)/n, for a one-hot
     row that sums to 1.
 
-    Parameters and cost as `row_sum`. Returns (batch, head, [channel,] query), dimensionless.
+    Parameters and cost as `row_sum`: by scans of the keys' centred Gram matrix where the state is
+    small. Returns (batch, head, [channel,] query), dimensionless.
     Source: ZeroS attention, weight diagnostics.
     """
-    return _spread(system, length, block, "spread")
+    return row_measure("spread", system, length, block, queries)
 
 
 def scaled_spread(
-    system: MapLike, *, length: int | None = None, block: int | None = None
+    system: MapLike,
+    *,
+    length: int | None = None,
+    block: int | None = None,
+    queries: Queries | None = None,
 ) -> xr.DataArray:
     """`spread` times the number n of keys: free of scale, so that rows of all lengths compare.
 
@@ -37,19 +46,7 @@ def scaled_spread(
     of the logits to first order. Parameters and cost as `row_sum`. Returns (batch, head,
     [channel,] query), dimensionless. Source: ZeroS attention, weight diagnostics.
     """
-    return _spread(system, length, block, "scaled_spread")
-
-
-def _spread(system: MapLike, length: int | None, block: int | None, name: str) -> xr.DataArray:
-    source = open_map(system, length=length)
-    sums = row_sums(source, block)
-    value = torch.sqrt(sums.squares / sums.count.clamp(min=1))
-    scaled = name == "scaled_spread"
-    return source.result(
-        value * sums.count if scaled else value, ("query",), name,
-        long_name="spread of the weights of a row" + (" times its keys" if scaled else ""),
-        units="1", method="centred squares in float64, merged by tiles",
-    )  # fmt: skip
+    return row_measure("scaled_spread", system, length, block, queries)
 
 
 MEASURES = (spread, scaled_spread)

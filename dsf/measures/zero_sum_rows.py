@@ -1,0 +1,113 @@
+"""What signs have ZeroS's radial rows, at lengths where no row can be looked at?"""
+
+from __future__ import annotations
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from dsf.axes import to_xarray
+from dsf.measures._prefix_order import prefix_sums, ranks_below
+from dsf.measures._rows import share
+from dsf.measures._zero_sum import RadialRows, radial_rows
+from dsf.memory import require_memory
+from dsf.shapes import Float
+
+__all__ = ["zero_sum_bounds", "zero_sum_signs"]
+
+_LABELS = {"units": "1", "gauge": "none", "system": "zeros", "direction": "causal"}
+_PLANES = 64  # tensors of the size of the logits that are alive at once, at most
+
+
+def zero_sum_signs(
+    logits: Float[Tensor, "batch time head"],
+    first_gate: Float[Tensor, "batch time head"],
+    higher_gate: Float[Tensor, "batch time head"],
+    zero_gate: Float[Tensor, "batch time head"] | None = None,
+) -> xr.Dataset:
+    """Negative mass, negative count share and l1 mass of every radial row, exact.
+
+        w_tj = f_t(s_j) = gh_t (e^{s_j} / E_t - 1/t) + (g1_t - gh_t)(s_j - mean_t)/t + g0_t / t
+
+    with E_t = sum_{j<=t} e^{s_j} and the mean of s_1..s_t. f_t is convex, so the keys with
+    negative weight are those whose logit lies in one interval; it is found by bisection among the
+    ordered logits, and the sums of 1, s, e^s over the keys j <= t inside it come from dyadic
+    blocks. A weight within round-off of zero counts by its rounded sign. Agrees with
+    `negative_mass`, `negative_count_share`, `l1_mass` of `zeros_radial_recurrence`.
+
+    Logits and gates (batch, time, head), gates of at least 0 (after the sigmoid). Returns a
+    Dataset of `negative_mass`, `negative_count_share`, `l1_mass`, (batch, head, query). Cost
+    O(length log^2 length) a head, memory O(length). Raises DsfShapeError, DsfValueError,
+    DsfMemoryError. Source: Lu et al. (2025), equation of section 3.4; the method is dsf's.
+    """
+    rows = _rows("dsf.zero_sum_signs", logits, first_gate, higher_gate, zero_gate)
+    low, high = rows.negative_ranks()
+    found = prefix_sums(rows.s, low, high, -rows.log_total)
+    negative = rows.higher * (found.count / rows.t - found.exponential)
+    line = (rows.first - rows.higher) * (found.count * rows.mean - found.total)
+    negative = (negative + (line - found.count * rows.zero) / rows.t).clamp(min=0)
+    mass = (rows.zero + 2 * negative).clamp(min=0)
+    method = "interval of logits and sums over dyadic blocks, float64, no map"
+    return _dataset(logits, method, {
+        "negative_mass": (share(negative, mass), "negative share of the absolute weight"),
+        "negative_count_share": (found.count / rows.t, "share of the keys with negative weight"),
+        "l1_mass": (mass, "absolute weight of a row"),
+    })  # fmt: skip
+
+
+def zero_sum_bounds(
+    logits: Float[Tensor, "batch time head"],
+    first_gate: Float[Tensor, "batch time head"],
+    higher_gate: Float[Tensor, "batch time head"],
+) -> xr.Dataset:
+    """What ZeroS's weights cannot exceed, from its logits s and gates alone; no zero order.
+
+        weight:  |w_tj| <= ( 2 S |g1 - gh| + gh (e^{2S} - 1) ) / t,   2 S = range of s_1..s_t
+        mass:    sum_j |w_tj| <= |g1 - gh| (1/t) sum_j |d_tj| + 2 gh (1 - 1/t)
+
+    d_tj = s_j - mean of s_1..s_t. Both hold for the radial weights and, as |cos| <= 1, for the
+    full ones; values no longer than V make an output no longer than V times the mass. They stand
+    for the bound printed as Lemma 3.4, which fails; half the range serves as S since a shift of
+    the logits changes no weight. Returns a Dataset of `weight_bound` and `mass_bound`, (batch,
+    head, query). Cost O(length log^2 length), memory O(length). Raises as `zero_sum_signs`.
+    Source: Lu et al. (2025), Lemma 3.4, corrected.
+    """
+    rows = _rows("dsf.zero_sum_bounds", logits, first_gate, higher_gate, None)
+    span = torch.cummax(rows.s, 1).values - torch.cummin(rows.s, 1).values
+    gap = (rows.first - rows.higher).abs()
+    weight = (span * gap + rows.higher * torch.expm1(span)) / rows.t
+    none = torch.zeros(rows.s.shape, dtype=torch.long)
+    middle = ranks_below(rows.s.sort(1).values, rows.mean)
+    below = prefix_sums(rows.s, none, middle, -rows.log_total)
+    deviation = 2 * (below.count * rows.mean - below.total)  # the deviations sum to zero
+    mass = gap * deviation / rows.t + 2 * rows.higher * (1 - 1 / rows.t)
+    return _dataset(logits, "bounds from logits and gates, float64", {
+        "weight_bound": (weight, "bound of the largest weight of a row"),
+        "mass_bound": (mass, "bound of the absolute weight of a row"),
+    })  # fmt: skip
+
+
+def _rows(function: str, logits: Tensor, *gates: Tensor | None) -> RadialRows:
+    require_memory(
+        function, "sums", ("batch", "time", "head", "quantity"), (*logits.shape, _PLANES),
+        torch.float64, advice="Measure fewer heads or samples at a time.",
+    )  # fmt: skip
+    first, higher, zero = gates
+    assert first is not None
+    assert higher is not None
+    return radial_rows(function, logits, first, higher, zero)
+
+
+def _dataset(logits: Tensor, method: str, found: dict[str, tuple[Tensor, str]]) -> xr.Dataset:
+    batch, _, head = logits.shape
+    labels = {**_LABELS, "method": method, "part": "radial"}
+    return xr.Dataset({
+        name: to_xarray(
+            values.unflatten(0, (batch, head)), ("batch", "head", "query"), name=name,
+            attrs={**labels, "long_name": long_name},
+        )
+        for name, (values, long_name) in found.items()
+    })  # fmt: skip
+
+
+MEASURES = ()
