@@ -9,18 +9,33 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from dsf.adapters import Built
 from dsf.adapters._replay import Source
+from dsf.adapters._session import quiet
 from dsf.errors import DsfUnsupportedError
 from dsf.freezing import Frozen
 from dsf.tracing import LayerTrace
 from dsf.wrappers import Anticausal, Bidirectional, Gated, System
 
 
+def frozen_run(trace: LayerTrace, args: tuple, kwargs: dict[str, Any]) -> Built:
+    """The layer run again on these arguments, its values on their graph, gates held fixed."""
+    source = single(trace)
+    with Frozen(gates=True, left_gates=source.adapter.gates_first):
+        return source.rebuilt(args, kwargs)[source.part]
+
+
 def frozen_values(trace: LayerTrace, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The values that the layer makes of these arguments, on their graph, gates held fixed."""
-    source = single(trace)
-    with Frozen(gates=True):
-        return source.rebuilt(args, kwargs)[source.part].values
+    return frozen_run(trace, args, kwargs).values
+
+
+def frozen_output(trace: LayerTrace, run: Built, y: Tensor) -> Tensor:
+    """A run's output made of the scan's output y, on both graphs: a residual counts, gates not."""
+    source, frozen = single(trace), Frozen(gates=True)
+    inside = quiet(source.visit.module, float64=source.float64)
+    with frozen, frozen.follow(y), torch.enable_grad(), inside:
+        return run.readout(y)
 
 
 def frozen_readout(trace: LayerTrace, y: Tensor) -> Tensor:

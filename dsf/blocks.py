@@ -24,7 +24,7 @@ from dsf._frozen_layers import (
     without_start,
 )
 from dsf.axes import map_coords, to_xarray
-from dsf.derivatives import Derivative, parameters_constant
+from dsf.derivatives import Derivative, parameters_constant, require_finite
 from dsf.errors import DsfFidelityError, DsfShapeError
 from dsf.maps import Rows, spans, system_attrs
 from dsf.scanning import scan
@@ -243,6 +243,7 @@ def _check(function: str, name: str, x: Tensor, shape: torch.Size) -> None:
             f"dsf.Block.{function}: {name}: expected axes (batch, time, features) = "
             f"{tuple(shape)}, got {tuple(x.shape)}; the traced layer fixes them."
         )
+    require_finite(f"dsf.Block.{function}", name, x)
 
 
 def _directions(function: str, name: str, given: Tensor, like: Tensor) -> Tensor:

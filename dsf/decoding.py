@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsf.adapters import unsupported
+from dsf.adapters import Adapter, unsupported
 from dsf.adapters._contract import Visit
 from dsf.adapters._one_token import Decoding
 from dsf.adapters._selection import Chosen, layers_of, named_layers, refuse_compiled
@@ -19,7 +19,8 @@ from dsf.adapters._session import cache_has_seen, run_pass
 from dsf.errors import DsfTypeError, DsfUnsupportedError, DsfValueError
 from dsf.tracing import LayerTrace, traces_of
 
-_CACHES = ("past_key_values", "cache_params")
+_CACHES = ("past_key_values", "cache_params", "state")
+"""The names that models have for their caches; "state" is RWKV's, a list of tensors."""
 _MODULE_STATES = ("recurrent_states", "conv1d_state")
 """Where RecurrentGemma's modules hold their states."""
 _BY_TOKEN = ("position_ids", "token_type_ids", "decoder_position_ids")
@@ -70,7 +71,8 @@ def trace_decoding(
     if cache_name is None or not hasattr(model, "config"):
         raise DsfUnsupportedError(
             f"dsf.trace_decoding: model: expected a transformers model that takes "
-            f"{' or '.join(_CACHES)}, got {type(model).__name__}. Use dsf.trace."
+            f"{' or '.join(_CACHES)}, got {type(model).__name__}, which takes no cache. Use "
+            f"dsf.trace."
         )
     calls = _Calls(dict(inputs), n_token, attends=cache_name == "past_key_values")
     chosen = _chosen(model, layers)
@@ -141,6 +143,8 @@ def _decode(model: Any, calls: _Calls, cache_name: str, cache: Any) -> None:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=model.config)
+    if cache is None and cache_name == "state":
+        cache = _rwkv_start(model, calls)
     for start, kwargs in calls:
         cache_has_seen(start)
         out = model(**{**kwargs, **encoder}, use_cache=True, return_dict=True,
@@ -155,6 +159,20 @@ def _decode(model: Any, calls: _Calls, cache_name: str, cache: Any) -> None:
             encoder = {"encoder_outputs": (out.encoder_last_hidden_state,)}
 
 
+def _rwkv_start(model: Any, calls: _Calls) -> list[Tensor]:
+    """The state that RwkvModel makes: two last inputs, two sums, their unit's logarithm.
+
+    In the model's own precision where that is more than the float32 of its sums.
+    """
+    weight = next(model.parameters())
+    shape = (len(calls.inputs[calls.tokens]), model.config.hidden_size,
+             model.config.num_hidden_layers)  # fmt: skip
+    sums = torch.promote_types(weight.dtype, torch.float32)
+    state = [weight.new_zeros(shape, dtype=weight.dtype if i < 2 else sums) for i in range(5)]
+    state[4] -= 1e30
+    return state
+
+
 def _without_cache(visit: Visit) -> Visit:
     """So that the layer, run again around its output, neither reads nor writes the cache.
 
@@ -165,6 +183,7 @@ def _without_cache(visit: Visit) -> Visit:
         return any(c.__name__ == "Cache" for c in type(x).__mro__)
 
     cached = any(map(is_cache, (*visit.args, *visit.kwargs.values())))
+    cached = cached or visit.kwargs.get("state") is not None
     return dataclasses.replace(
         visit, past=visit.past if cached else None,
         args=tuple(None if is_cache(x) else x for x in visit.args),
@@ -183,10 +202,17 @@ def _chosen(model: nn.Module, layers: Sequence[str] | None) -> Chosen:
         if not around[id(adapter)].decodes:
             raise DsfUnsupportedError(
                 f"dsf.trace_decoding: {path}: expected a layer whose calls with a cache are "
-                f"known, got a {type(module).__name__}, of which adapter {adapter.name!r} reads "
-                f"whole sequences alone. Name the other layers in layers=, or use dsf.trace."
+                f"known, got a {type(module).__name__}, {_why(module, adapter)}. Name the other "
+                f"layers in layers=, or use dsf.trace."
             )
     return {path: (module, around[id(adapter)]) for path, (module, adapter) in found.items()}
+
+
+def _why(module: nn.Module, adapter: Adapter) -> str:
+    names = set(inspect.signature(type(module).forward).parameters)
+    if not names & {*_CACHES, "layer_past"}:
+        return "which takes no cache"
+    return f"of which adapter {adapter.name!r} reads whole sequences alone"
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from dsf.errors import DsfValueError
+
 _ROW_ENTRIES = 2**22
 """How many entries of rows are held at once on their way backwards."""
 
@@ -66,6 +68,17 @@ class Derivative:
             materialize_grads=True,
         )  # fmt: skip
         return found
+
+
+def require_finite(function: str, name: str, x: Tensor) -> None:
+    """Refuse NaN and infinity: 0 times them is NaN, so a product would have it for every token."""
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise DsfValueError(
+            f"{function}: {name}: expected finite numbers, got {bad} NaN or infinite of "
+            f"{x.numel()}, which would spread over all tokens, those before them too. Put zeros "
+            f"in their place, or leave those tokens out of the traced batch."
+        )
 
 
 @contextlib.contextmanager

@@ -59,11 +59,13 @@ class OneHot:
 class ExplicitRows(MixingRows):
     """Rows that are already there: a map (batch, head, query, key), for instance a returned one.
 
-    `causal` says that entries above the diagonal are zero; it is not enforced.
+    `causal` says that entries above the diagonal are zero; it is not enforced. Row r stands at
+    position query_start + r.
     """
 
     weights: Tensor
     causal: bool = static(default=True)
+    query_start: int = static(default=0)
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -77,7 +79,8 @@ class ExplicitRows(MixingRows):
 
     def time_slice(self, start: int, stop: int) -> ExplicitRows:
         """Some rows of the stored map."""
-        return ExplicitRows(self.weights[:, :, start:stop], self.causal)
+        rows = self.weights[:, :, start:stop]
+        return ExplicitRows(rows, self.causal, self.query_start + start)
 
     def shape_faults(self) -> list[str]:
         """Four axes."""

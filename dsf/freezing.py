@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +26,10 @@ _ACTIVATIONS = frozenset({
     functional.silu, functional.gelu, functional.relu, torch.relu, Tensor.relu, torch.tanh,
     Tensor.tanh, functional.tanh, functional.leaky_relu, functional.mish, functional.hardswish,
 })  # fmt: skip
+_PRODUCTS = frozenset({
+    torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__,
+    torch.div, Tensor.div, Tensor.__truediv__,
+})  # fmt: skip
 
 
 class Frozen(TorchFunctionMode):
@@ -33,6 +39,8 @@ class Frozen(TorchFunctionMode):
         RMS norm:    x * [1 / sqrt(mean x^2 + eps)] * weight
         activation:  x * [f(x) / x]                               (with `gates`)
         gate:        [sigmoid(x)], [softmax(x)], [exp(x)], ...    (with `gates`)
+        product:     [x] * y   of two factors on the graph        (with `left_gates`)
+        product:     v * [x]   of v made of `follow`'s values     (inside `follow`)
 
     Brackets are constants for autograd; no value changes but for rounding. So a layer of norms,
     gates and projections becomes linear in its input and its biases together, and is equal to
@@ -40,14 +48,48 @@ class Frozen(TorchFunctionMode):
     factor of an activation is its right derivative. No library is patched.
     """
 
-    def __init__(self, *, gates: bool) -> None:
+    def __init__(self, *, gates: bool, left_gates: bool = False) -> None:
         super().__init__()
-        self.gates = gates
+        self.gates, self.left_gates = gates, left_gates
+        self._made: dict[int, Tensor] | None = None
+        """By its id, what is made of followed values; kept, so that an id stays its own."""
+
+    @contextlib.contextmanager
+    def follow(self, values: Tensor) -> Iterator[None]:
+        """Inside, what multiplies something made of `values` is a constant; what is added is not.
+
+        So a layer's readout of its scan is linear in the scan and in a residual at once.
+        """
+        before, self._made = self._made, {id(values): values}
+        try:
+            yield
+        finally:
+            self._made = before
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _PRODUCTS and len(args) == 2:
+            args = self._factors(*args)
+        result = self._run(func, args, kwargs)
+        if self._made is not None and any(
+            id(x) in self._made for x in pytree.tree_leaves((args, kwargs))
+        ):
+            new = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+            self._made.update({id(x): x for x in new})
+        return result
+
+    def _factors(self, left: Any, right: Any) -> tuple[Any, Any]:
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+            return left, right
+        if self._made is not None and (id(left) in self._made) != (id(right) in self._made):
+            return (left, right.detach()) if id(left) in self._made else (left.detach(), right)
+        if self.left_gates and left.requires_grad and right.requires_grad:
+            return left.detach(), right
+        return left, right
+
+    def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func is functional.layer_norm:
             return _layer_norm(*args, **kwargs)
         if func in (functional.rms_norm, torch.rms_norm):

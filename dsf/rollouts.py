@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import xarray as xr
 from torch import Tensor
 
 from dsf._block_factors import require_probes
-from dsf._stacks import replay
 from dsf.axes import map_coords, to_xarray
-from dsf.derivatives import Derivative
-from dsf.errors import DsfFidelityError, DsfShapeError, DsfValueError
-from dsf.maps import Rows, span, system_attrs
+from dsf.derivatives import Derivative, require_finite
+from dsf.errors import DsfShapeError, DsfValueError
+from dsf.maps import Rows, span
 from dsf.memory import require_memory
 from dsf.shapes import Inexact
-from dsf.tracing import TOLERANCE, LayerTrace
 
-MARGIN = 10.0
-"""The tolerance of one layer is widened by this for a whole stack, whose round-off adds up."""
+Progress: TypeAlias = Callable[[int, int, str], None]
+"""Called with (done, total, label of the next part)."""
+Tokens: TypeAlias = Sequence[str] | tuple[Sequence[str], Sequence[str]] | None
+"""Texts of the tokens; of a map between two sequences those of the queries and of the keys."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Rollout:
         x <- N (x + Block_l x),    x <- N' (x + J_l x)    (norms after)
 
     or whatever else the model's own code says. `input` (batch, time, input) enters the first
-    layer, `output` (batch, time, output) leaves the last. Attention weights, decays, gates and
+    layer, or is the other sequence that its cross-attention reads (`source` "other"); `output`
+    (batch, time, output) leaves the last. Attention weights, decays, gates and
     the scales of norms are constants of the traced batch; MLPs count by their Jacobians or not at
     all (`mlp`). M_tj, the block of this map from token j to token t, is never stored: rows cost
     one backward pass of the stack each, linear in length but for softmax maps.
@@ -46,21 +47,26 @@ class Rollout:
     input: Tensor = dataclasses.field(repr=False)
     output: Tensor = dataclasses.field(repr=False)
     mlp: str
+    source: str
     error: float
     attrs: dict[str, Any] = dataclasses.field(repr=False)
     derivative: Derivative = dataclasses.field(repr=False)
 
     def apply(
-        self, x: Inexact[Tensor, "batch time input"]
-    ) -> Inexact[Tensor, "batch time output"]:
-        """The map times x (a Jacobian-vector product of the frozen stack)."""
+        self, x: Inexact[Tensor, "batch key input"]
+    ) -> Inexact[Tensor, "batch query output"]:
+        """The map times x (a Jacobian-vector product of the frozen stack).
+
+        Raises DsfValueError on NaN or infinity: a product of derivatives spreads it over all
+        tokens, also over those before it.
+        """
         _check("apply", "x", x, self.input)
         return self.derivative.apply(x)
 
     def transposed(
-        self, z: Inexact[Tensor, "batch time output"]
-    ) -> Inexact[Tensor, "batch time input"]:
-        """The transposed map times z (a vector-Jacobian product)."""
+        self, z: Inexact[Tensor, "batch query output"]
+    ) -> Inexact[Tensor, "batch key input"]:
+        """The transposed map times z (a vector-Jacobian product); raises as `apply`."""
         _check("transposed", "z", z, self.output)
         return self.derivative.transposed(z)[0]
 
@@ -69,7 +75,7 @@ class Rollout:
         token: int,
         direction: Inexact[Tensor, " output"] | None = None,
         *,
-        tokens: Sequence[str] | None = None,
+        tokens: Tokens = None,
         max_memory: int | None = None,
     ) -> xr.DataArray:
         """Row `token` of the map: how its output depends on every token's input features.
@@ -104,12 +110,13 @@ class Rollout:
         input: Inexact[Tensor, " input"],
         queries: Rows = None,
         *,
-        tokens: Sequence[str] | None = None,
+        tokens: Tokens = None,
+        progress: Progress | None = None,
     ) -> xr.DataArray:
         """o . M_tj i for one output and one input direction, (batch, query, key)."""
         o = self._direction("output", output)[None]
         i = self._direction("input", input, self.input)
-        return self._reduced(queries, tokens, "between two directions", lambda _: o, 1,
+        return self._reduced(queries, tokens, progress, "between two directions", lambda _: o, 1,
                              lambda rows, which: (rows @ i).sum(0))  # fmt: skip
 
     def norm(
@@ -117,13 +124,15 @@ class Rollout:
         queries: Rows = None,
         *,
         probes: int | None = None,
-        tokens: Sequence[str] | None = None,
+        tokens: Tokens = None,
+        progress: Progress | None = None,
     ) -> xr.DataArray:
         """Frobenius norms ||M_tj||_F, (batch, query, key): how much j matters to t at all.
 
         Exact: one backward pass for each query and output feature. `probes`: estimated by so many
         random sign directions for each query; the square is unbiased, its relative standard error
-        at most sqrt(2 / probes).
+        at most sqrt(2 / probes). progress: called before each query with (done, total, label),
+        for a progress bar; so in `map`, `trace` and `contributions`.
         """
         n_out = self.output.shape[-1]
         if probes is not None:
@@ -139,14 +148,16 @@ class Rollout:
 
         how = "exact" if probes is None else f"{probes} random probes"
         found = self._reduced(
-            queries, tokens, f"Frobenius norm ({how})",
+            queries, tokens, progress, f"Frobenius norm ({how})",
             axes if probes is None else lambda _: signs(probes),
             n_out if probes is None else probes,
             lambda rows, which: rows.square().sum((0, -1)),
         )  # fmt: skip
         return found.copy(data=found.values**0.5)
 
-    def trace(self, queries: Rows = None, *, tokens: Sequence[str] | None = None) -> xr.DataArray:
+    def trace(
+        self, queries: Rows = None, *, tokens: Tokens = None, progress: Progress | None = None
+    ) -> xr.DataArray:
         """Traces of the blocks M_tj, (batch, query, key): how far features arrive as they were.
 
         Raises DsfShapeError unless input and output have as many features. Cost as exact `norm`.
@@ -159,18 +170,20 @@ class Rollout:
             )
         eye = torch.eye(n_out, dtype=self.output.dtype, device=self.output.device)
         return self._reduced(
-            queries, tokens, "trace", lambda _: eye, n_out,
+            queries, tokens, progress, "trace", lambda _: eye, n_out,
             lambda rows, which: torch.einsum("nbji,ni->bj", rows, eye[which.start : which.stop]),
         )  # fmt: skip
 
-    def contributions(self, *, tokens: Sequence[str] | None = None) -> xr.DataArray:
+    def contributions(
+        self, *, tokens: Tokens = None, progress: Progress | None = None
+    ) -> xr.DataArray:
         """||M_tj x_j||, (batch, query, key): what token j really sent to t.
 
         The M_tj x_j, the biases' part and what omitted MLPs made add up to the output. Cost: one
         forward product for each token.
         """
         found = self.input.new_zeros(*self.output.shape[:2], self.input.shape[1])
-        for token in range(self.input.shape[1]):
+        for token in _told(range(self.input.shape[1]), "key", progress):
             alone = torch.zeros_like(self.input)
             alone[:, token] = self.input[:, token]
             found[..., token] = torch.linalg.vector_norm(self.derivative.apply(alone), dim=-1)
@@ -191,12 +204,12 @@ class Rollout:
         return self.derivative.rows(seeds, count)
 
     def _reduced(
-        self, queries: Rows, tokens: Sequence[str] | None, how: str,
+        self, queries: Rows, tokens: Tokens, progress: Progress | None, how: str,
         directions: Callable[[int], Tensor], count: int, reduce: Callable[[Tensor, range], Tensor],
     ) -> xr.DataArray:  # fmt: skip
         wanted = span("dsf.Rollout", "queries", queries, self.output.shape[1])
         found = self.input.new_zeros(self.input.shape[0], len(wanted), self.input.shape[1])
-        for number, token in enumerate(wanted):
+        for number, token in enumerate(_told(wanted, "query", progress)):
             for which, rows in self._rows(token, directions, count):
                 found[:, number] += reduce(rows, which)
         return self._labelled(found, ("batch", "query", "key"), wanted, tokens, how)
@@ -208,75 +221,23 @@ class Rollout:
                 f"dsf.Rollout: {name}: expected ({like.shape[-1]},) features, got "
                 f"{tuple(given.shape)}."
             )
+        require_finite("dsf.Rollout", name, given)
         return given.to(like)
 
     def _labelled(
         self, found: Tensor, dims: Sequence[str], rows: range | None,
-        tokens: Sequence[str] | None, how: str, **attrs: Any,
+        tokens: Any, how: str, **attrs: Any,
     ) -> xr.DataArray:  # fmt: skip
-        length = self.input.shape[1]
-        coords = map_coords("dsf.Rollout", length, rows, range(length), tokens)
+        n_query, n_key = self.output.shape[1], self.input.shape[1]
+        read, written = _pair(tokens) if self.source == "other" else (tokens, tokens)
+        coords = {
+            **map_coords("dsf.Rollout", n_query, rows, range(0), read),
+            **map_coords("dsf.Rollout", n_key, None, range(n_key), written),
+        }
         return to_xarray(
             found, dims, name="rollout", coords=coords,
             attrs={**self.attrs, "reduction": how, "error": self.error, "mlp": self.mlp, **attrs},
         )  # fmt: skip
-
-
-def rollout(
-    traces: Mapping[str, LayerTrace] | Sequence[LayerTrace],
-    *,
-    mlp: str = "omitted",
-    end: str = "layers",
-    tolerance: float | None = None,
-) -> Rollout:
-    """Traced layers composed with their residual streams: the map from token to token end to end.
-
-    Parameters
-    ----------
-    traces: what `dsf.trace` found: every mixer of one stack of layers, from one pass.
-    mlp: "omitted" leaves out what MLPs compute (their residual stays), "jacobian" takes their
-        derivatives at the traced point.
-    end: "layers" ends where the last layer does, "model" at the model's first output (final norm,
-        head), so that a direction of a row may be one word of the vocabulary.
-    tolerance: largest accepted `Rollout.error`; by default `MARGIN` times that of a layer.
-
-    The stack is the `ModuleList` (or `Sequential`) that holds the traced mixers, or the model
-    itself; its own forward places residuals, norms and MLPs, and is run twice, or once without
-    MLPs' Jacobians, under `dsf.freezing.Frozen`. Weights, the traced recurrences, and the
-    activations of one batch stay in memory; of softmax layers also their maps.
-    Raises DsfFidelityError where the stack is not linear once frozen (an unknown nonlinearity, or
-    weights changed since the trace), DsfValueError for incomplete or mixed traces,
-    DsfUnsupportedError for layers without a block (see `LayerTrace.block`). Source: the product
-    of attention maps is Abnar and Zuidema (2020); this is what it approximates.
-    """
-    if mlp not in ("omitted", "jacobian") or end not in ("layers", "model"):
-        raise DsfValueError(
-            f"dsf.rollout: expected mlp 'omitted' or 'jacobian' and end 'layers' or 'model', got "
-            f"{mlp!r} and {end!r}."
-        )
-    found = list(traces.values()) if isinstance(traces, Mapping) else list(traces)
-    frozen = replay(found, end, mlps_constant=True)
-    error = frozen.error
-    assert error is not None
-    limit = MARGIN * TOLERANCE.get(frozen.output.dtype, 1e-5) if tolerance is None else tolerance
-    if not error <= limit:
-        raise DsfFidelityError(
-            f"dsf.rollout: expected the stack to be linear in its input, biases and MLP outputs "
-            f"once norms and gates are held fixed, within {limit:.3g}, got a relative difference "
-            f"of {error:.3g}. Something between its layers is neither a traced mixer, a norm that "
-            f"dsf.freezing.Frozen knows, nor a module named like an MLP, or a mixer adds its "
-            f"input back inside; to see its derivative all the same, pass a larger tolerance=."
-        )
-    run = frozen if mlp == "omitted" else replay(found, end, mlps_constant=False)
-    attrs = {
-        name: found[0].attrs[name] for name in
-        ("precision", "torch_version", "transformers_version") if name in found[0].attrs
-    }  # fmt: skip
-    causal = all(system_attrs(t.recurrence)["direction"] == "causal" for t in found)
-    attrs |= {"layers": [t.name for t in found], "scope": "residual stream", "end": end,
-              "direction": "causal" if causal else "bidirectional"}  # fmt: skip
-    return Rollout(tuple(t.name for t in found), run.input.detach(), run.output.detach(), mlp,
-                   error, attrs, Derivative((run.input,), run.output))  # fmt: skip
 
 
 def _check(function: str, name: str, x: Tensor, like: Tensor) -> None:
@@ -285,3 +246,26 @@ def _check(function: str, name: str, x: Tensor, like: Tensor) -> None:
             f"dsf.Rollout.{function}: {name}: expected axes (batch, time, features) = "
             f"{tuple(like.shape)}, got {tuple(x.shape)}; the traced batch fixes them."
         )
+    require_finite(f"dsf.Rollout.{function}", name, x)
+
+
+def _told(steps: range, axis: str, progress: Progress | None) -> Iterator[int]:
+    """The steps, with a word before each and one at the end."""
+    for done, step in enumerate(steps):
+        if progress is not None:
+            progress(done, len(steps), f"{axis} {step}")
+        yield step
+    if progress is not None:
+        progress(len(steps), len(steps), "done")
+
+
+def _pair(tokens: Any) -> tuple[Any, Any]:
+    """The texts of two sequences: of the queries, of the keys."""
+    if tokens is None:
+        return None, None
+    if len(tokens) != 2 or any(isinstance(part, str) for part in tokens):
+        raise DsfShapeError(
+            f"dsf.Rollout: tokens: expected a pair (texts of the queries, texts of the keys) for "
+            f"a map between two sequences, got {len(tokens)} texts."
+        )
+    return tokens[0], tokens[1]

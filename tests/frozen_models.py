@@ -176,6 +176,117 @@ def mamba(model: Any, x: Tensor, mlp: str) -> Tensor:
     return x
 
 
+def albert(model: Any, x: Tensor, mlp: str, mask: Tensor) -> Tensor:
+    """One layer, shared by all places."""
+    layer = model.encoder.albert_layer_groups[0].albert_layers[0]
+    own, seen = layer.attention, mask.bool()[:, None, None]
+    for _ in range(model.config.num_hidden_layers):
+        q, k, v = (heads_of(p(x), own.num_attention_heads)
+                   for p in (own.query, own.key, own.value))  # fmt: skip
+        y = own.dense(attend(q, k, v, seen, q.shape[-1] ** -0.5))
+        x = layer_norm(x + y, own.LayerNorm)
+        inner = functional.gelu(layer.ffn(x), approximate="tanh")
+        made = added_mlp(layer.ffn_output(inner), mlp)
+        x = layer_norm(x + made, layer.full_layer_layer_norm)
+    return x
+
+
+def lfm_convolution(layer: Any, x: Tensor, mask: Tensor) -> Tensor:
+    """Between two gates, the first and second thirds of the projection, both constant."""
+    gate, gate_out, u = layer.in_proj(x * mask[..., None]).chunk(3, -1)
+    y = convolved(gate.detach() * u, layer.conv.weight[:, 0], layer.conv.bias)
+    return layer.out_proj(gate_out.detach() * y)
+
+
+def lfm_attention(layer: Any, x: Tensor, inverse: Tensor, mask: Tensor) -> Tensor:
+    """Normed queries and keys; LFM3 has other names, and a gate for each head."""
+    width, third = layer.head_dim, hasattr(layer, "q_norm")
+    a, b, out = (
+        (layer.q_norm, layer.k_norm, layer.o_proj) if third
+        else (layer.q_layernorm, layer.k_layernorm, layer.out_proj)
+    )  # fmt: skip
+    q, k, v = (p(x).unflatten(-1, (-1, width)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k = rms(q, a.weight, a.variance_epsilon), rms(k, b.weight, b.variance_epsilon)
+    q, k = rotated(q.transpose(1, 2), inverse), rotated(k.transpose(1, 2), inverse)
+    seen = causal(x.shape[1]) & mask.bool()[:, None, None]
+    y = attend(q, k, v.transpose(1, 2), seen, width**-0.5)
+    if third and layer.g_proj is not None:
+        gate = torch.sigmoid(layer.g_proj(x)).detach()
+        y = (y.unflatten(-1, (-1, width)) * gate[..., None]).flatten(-2)
+    return out(y)
+
+
+def lfm(model: Any, x: Tensor, mlp: str, mask: Tensor) -> Tensor:
+    """LFM2 and LFM3: short convolutions and attention, with or without norms behind them."""
+    found = dict(model.named_buffers())
+    inverse = next(x for n, x in found.items() if n.endswith("inv_freq") and "original" not in n)
+    for layer in model.layers:
+        before, after = layer.operator_norm, layer.ffn_norm
+        h = rms(x, before.weight, before.variance_epsilon)
+        if hasattr(layer, "conv"):
+            made = lfm_convolution(layer.conv, h, mask)
+        else:
+            made = lfm_attention(layer.self_attn, h, inverse, mask)
+        x = x + behind(layer, "post_operator_norm", made)
+        h, m = rms(x, after.weight, after.variance_epsilon), layer.feed_forward
+        made = added_mlp(m.w2(functional.silu(m.w1(h)) * m.w3(h)), mlp)
+        x = x + behind(layer, "post_ffn_norm", made)
+    return x
+
+
+def behind(layer: Any, name: str, x: Tensor) -> Tensor:
+    norm = getattr(layer, name, None)
+    return rms(x, norm.weight, norm.variance_epsilon) if hasattr(norm, "weight") else x
+
+
+def bart_decoder(
+    model: Any, x: Tensor, read: Tensor, mlp: str, own_mask: Tensor, mask: Tensor
+) -> Tensor:
+    for layer in model.decoder.layers:
+
+        def mixed(own: Any, h: Tensor, source: Tensor, seen: Tensor) -> Tensor:
+            q, k, v = (
+                heads_of(p(y), own.num_heads)
+                for p, y in ((own.q_proj, h), (own.k_proj, source), (own.v_proj, source))
+            )
+            return own.out_proj(attend(q, k, v, seen, q.shape[-1] ** -0.5))  # fmt: skip
+
+        seen = causal(x.shape[1]) & own_mask[:, None, None]
+        x = layer_norm(x + mixed(layer.self_attn, x, x, seen), layer.self_attn_layer_norm)
+        cross = mixed(layer.encoder_attn, x, read, mask[:, None, None])
+        x = layer_norm(x + cross, layer.encoder_attn_layer_norm)
+        made = added_mlp(layer.fc2(functional.gelu(layer.fc1(x))), mlp)
+        x = layer_norm(x + made, layer.final_layer_norm)
+    return x
+
+
+def t5_decoder(
+    model: Any, x: Tensor, read: Tensor, mlp: str, own_mask: Tensor, mask: Tensor
+) -> Tensor:
+    first = model.decoder.block[0].layer[0].SelfAttention
+    bias = first.compute_bias(x.shape[1], x.shape[1]).detach()
+    for block in model.decoder.block:
+
+        def mixed(own: Any, h: Tensor, source: Tensor, seen: Tensor, bias: Tensor) -> Tensor:
+            q, k, v = (
+                heads_of(p(y), own.n_heads)
+                for p, y in ((own.q, h), (own.k, source), (own.v, source))
+            )
+            logits = (q @ k.mT + bias).masked_fill(~seen, -math.inf)
+            return own.o((logits.softmax(-1).detach() @ v).transpose(1, 2).flatten(-2))
+
+        one, two, three = block.layer
+        h = rms(x, one.layer_norm.weight, one.layer_norm.variance_epsilon)
+        seen = causal(x.shape[1]) & own_mask[:, None, None]
+        x = x + mixed(one.SelfAttention, h, h, seen, bias)
+        h = rms(x, two.layer_norm.weight, two.layer_norm.variance_epsilon)
+        x = x + mixed(two.EncDecAttention, h, read, mask[:, None, None], x.new_zeros(()))
+        h, m = rms(x, three.layer_norm.weight, three.layer_norm.variance_epsilon), three
+        inner = functional.relu(m.DenseReluDense.wi(h))
+        x = x + added_mlp(m.DenseReluDense.wo(inner), mlp)
+    return x
+
+
 def recurrent_gemma(model: Any, x: Tensor, mlp: str) -> Tensor:
     for layer in model.layers:
         before, after, mixer = (

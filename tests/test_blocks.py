@@ -53,6 +53,7 @@ CASES = [
     ("bert", "encoder.layer.1.attention.self", "right"), ("llama", "layers.1.self_attn", "left"),
     ("gpt2", "h.0.attn", "none"), ("mamba", "layers.1.mixer", "left"),
     ("mamba2", "layers.0.mixer", "none"), ("recurrent_gemma", "layers.1.temporal_block", "none"),
+    ("lfm3", "layers.0.conv", "none"),
 ]  # fmt: skip
 cases = pytest.mark.parametrize(("name", "path", "padding"), CASES)
 
@@ -65,6 +66,8 @@ WRITTEN = {
     "mamba": lambda model, layer, x: frozen_models.mamba_mixer(layer, x),
     "mamba2": lambda model, layer, x: frozen_models.mamba2_mixer(layer, x),
     "recurrent_gemma": lambda model, layer, x: frozen_models.rglru_mixer(layer, x),
+    "lfm3": lambda model, layer, x: frozen_models.lfm_convolution(
+        layer, x, torch.ones(x.shape[:2], dtype=x.dtype)),
 }  # fmt: skip
 
 
@@ -242,6 +245,50 @@ def test_axes_that_do_not_fit_are_refused():
 
 
 # -- freezing ----------------------------------------------------------------------------------
+
+
+def test_what_is_not_finite_is_refused():
+    found = block("lfm3", "layers.0.conv")
+    for function, like in (("apply", found.input), ("transposed", found.output)):
+        x = torch.zeros_like(like)
+        x[0, -1, 0] = float("nan")
+        with pytest.raises(DsfValueError, match=rf"Block.{function}: .: .*got 1 NaN or infinite"):
+            getattr(found, function)(x)
+
+
+def test_followed_values_are_multiplied_by_constants_and_added_to_what_is_not():
+    """The derivative of a gated sum: no gate, but the residual; not so outside `follow`."""
+    y, x = drawn((3, 4), 1).requires_grad_(), drawn((3, 4), 2).requires_grad_()
+
+    def readout(y: Tensor, x: Tensor) -> Tensor:
+        h = y * x + x  # a gate on the left and on the right, a ratio, a residual
+        h = x * h / (1 + x.square())
+        return torch.nn.functional.layer_norm(h + x, (4,))
+
+    seed = drawn((3, 4), 3)
+    frozen = Frozen(gates=True)
+    with frozen, frozen.follow(y):
+        got = torch.autograd.grad(readout(y, x), (y, x), seed)
+    with frozen:
+        outside = torch.autograd.grad(readout(y, x), (y, x), seed)
+    held = x.detach()
+    with Frozen(gates=True):
+        h = held * (y * held + x) / (1 + held.square())
+        exact = torch.autograd.grad(
+            torch.nn.functional.layer_norm(h + x, (4,)), (y, x), seed)  # fmt: skip
+    for a, b in zip(got, exact, strict=True):
+        assert close(a, b)
+    assert not close(outside[1], exact[1])
+
+
+def test_the_left_of_two_factors_is_a_gate_where_a_layer_says_so():
+    x = drawn((3,), 1).requires_grad_()
+    with Frozen(gates=True, left_gates=True):
+        (got,) = torch.autograd.grad((2 * x * (3 * x)).sum(), x)
+    assert close(got, 6 * x.detach())
+    with Frozen(gates=True):
+        (got,) = torch.autograd.grad((2 * x * (3 * x)).sum(), x)
+    assert close(got, 12 * x.detach())
 
 
 @pytest.mark.parametrize(("function", "gates"), [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 import dsf
+from dsf.adapters.transformers_own_attention import OwnAttentionWithCache
 from dsf.decoding import trace_decoding
 from dsf.errors import DsfFidelityError, DsfTypeError, DsfUnsupportedError, DsfValueError
 from dsf.tracing import LayerTrace, relative_error, trace
@@ -30,6 +31,8 @@ CASES = [
     ("mistral", "sdpa", "dynamic"), ("mistral", "sdpa", "static"), ("t5", "eager", "dynamic"),
     ("bart", "sdpa", "dynamic"), ("mamba", None, "dynamic"), ("mamba2", None, "dynamic"),
     ("recurrent_gemma", None, "dynamic"), ("qwen3_next", None, "dynamic"),
+    ("gptj", None, "static"), ("falcon", "sdpa", "dynamic"), ("bloom", None, "dynamic"),
+    ("rwkv_with_cache", None, "dynamic"),
 ]  # fmt: skip
 MORE = [
     *[(name, attention, cache)
@@ -38,6 +41,11 @@ MORE = [
     *[(name, None, "dynamic") for name in (
         "falcon_mamba", "jamba", "zamba", "zamba2", "falcon_h1", "nemotron_h", "granite",
         "qwen3_5", "olmo_hybrid", "kimi_linear")],
+    *[(name, None, cache) for name in ("codegen", "mpt", "megatron_bert_decoder",
+                                       "rembert_decoder", "roformer_decoder")
+      for cache in ("dynamic", "static")],
+    ("gptj", None, "dynamic"), ("falcon", "eager", "dynamic"), ("falcon", "sdpa", "static"),
+    ("gpt_neo", None, "dynamic"),
     ("t5", "sdpa", "dynamic"), ("bart", "eager", "dynamic"), ("marian", "eager", "dynamic"),
 ]  # fmt: skip
 
@@ -60,6 +68,8 @@ def test_every_call_is_reproduced_and_all_together_are_the_full_pass(
 ):
     model = attention_models.model(name, dtype, attention)
     inputs = attention_models.inputs(name, padding)
+    if name == "rwkv_with_cache":  # see test_a_batch_that_rwkv_mixes_is_refused
+        inputs = {n: x[-1:] for n, x in inputs.items()}
     steps = trace_decoding(model, inputs, N_TOKEN, cache=_cache(cache, model))
     full = trace(model, inputs)
     assert len(steps) == 1 + N_TOKEN
@@ -76,7 +86,7 @@ def test_every_call_is_reproduced_and_all_together_are_the_full_pass(
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba", "mamba2", "recurrent_gemma",
-                                  "qwen3_next"])  # fmt: skip
+                                  "qwen3_next", "gptj"])  # fmt: skip
 def test_the_last_state_of_a_call_is_the_first_of_the_next(name):
     model = attention_models.model(name, torch.float64)
     steps = trace_decoding(model, tiny_models.inputs(), N_TOKEN)
@@ -148,16 +158,79 @@ def test_a_generation_is_traced_from_its_tokens():
     assert [s["model.layers.0.self_attn"].values.shape[1] for s in steps] == [6, 1, 1, 1, 1, 1]
 
 
-def test_layers_whose_calls_with_a_cache_are_not_known_are_refused_and_others_may_be_named():
+def test_layers_whose_calls_with_a_cache_are_not_known_are_refused_and_others_may_be_named(
+    monkeypatch,
+):
     model, inputs = attention_models.model("jamba"), tiny_models.inputs()
     attention = "layers.1.self_attn"
     steps = trace_decoding(model, inputs, N_TOKEN, [attention])
     assert [list(step) for step in steps] == [[attention]] * (1 + N_TOKEN)
-    with pytest.raises(DsfUnsupportedError, match=r"h.0.attn: .*calls with a cache .*GPTJAtt"):
+    monkeypatch.setattr(OwnAttentionWithCache, "decodes", False)
+    with pytest.raises(DsfUnsupportedError, match=r"h.0.attn: .*GPTJAtt.* reads whole sequences"):
         trace_decoding(attention_models.model("gptj"), inputs, N_TOKEN)
 
 
-@pytest.mark.parametrize("name", ["llama", "mamba", "recurrent_gemma", "bart"])
+@pytest.mark.parametrize("name", ["openai", "mpnet", "deberta", "deberta_v2"])
+def test_a_model_that_takes_no_cache_is_refused_and_says_so(name):
+    with pytest.raises(DsfUnsupportedError, match=r"got \w+Model, which takes no cache\. Use dsf"):
+        trace_decoding(attention_models.model(name), tiny_models.inputs(), N_TOKEN)
+
+
+def test_a_layer_that_takes_no_cache_is_refused_and_says_so():
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = attention_models.model("mpnet")
+            self.config = self.inner.config
+
+        def forward(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+            return self.inner(input_ids)
+
+    with pytest.raises(DsfUnsupportedError, match=r"MPNetSelfAttention, which takes no cache\. N"):
+        trace_decoding(Around(), tiny_models.inputs(), N_TOKEN)
+
+
+def test_xglm_decodes_in_float32():
+    """Its own code cannot run in float64."""
+    model, inputs = attention_models.model("xglm"), tiny_models.inputs("left")
+    for cache in ("dynamic", "static"):
+        steps = trace_decoding(model, inputs, N_TOKEN, cache=_cache(cache, model))
+        full, real = trace(model, inputs), inputs["attention_mask"].bool()
+        for name in full:
+            together = _joined(steps, name)[real]
+            error = relative_error(together, full[name].output[real])
+            assert error <= AGREEMENT[torch.float32]
+
+
+def test_a_batch_that_rwkv_mixes_is_refused():
+    """transformers 5.23.0 gives each of one token of two sequences an output for both."""
+    model, inputs = attention_models.model("rwkv_with_cache"), tiny_models.inputs()
+    with pytest.raises(DsfUnsupportedError, match=r"blocks.0.attention: .* Give one sequence at"):
+        trace_decoding(model, inputs, N_TOKEN)
+
+
+def test_rwkv_starts_from_the_sums_of_its_cache_whatever_their_unit():
+    """Keys so large that sums overflow unless they are kept by their largest weight."""
+    model = attention_models.model("rwkv_with_cache", torch.float64)
+    with torch.no_grad():
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.attention.key.weight.mul_(2000)
+    ids = tiny_models.inputs()["input_ids"][:1]
+    steps, full = (
+        trace_decoding(model, {"input_ids": ids}, N_TOKEN),
+        trace(model, {"input_ids": ids}),
+    )
+    for name in full:
+        assert relative_error(_joined(steps, name), full[name].output) <= AGREEMENT[torch.float64]
+        start = steps[-1][name].recurrence.initial_state  # type: ignore[union-attr]
+        assert start is not None
+        assert bool(torch.isfinite(start).all())
+        y = dsf.scan(steps[-1][name].recurrence, steps[-1][name].values)
+        again = steps[-1][name].readout(y)
+        assert torch.equal(again, steps[-1][name].readout(y)), "a readout writes on the state"
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba", "recurrent_gemma", "bart", "bloom"])
 def test_the_model_is_left_as_it_was_also_after_an_exception(name):
     model = attention_models.model(name)
     inputs = attention_models.inputs(name)

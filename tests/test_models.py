@@ -1,6 +1,7 @@
 """Every registered system keeps the contract of model_laws.py: a new model file needs no edit."""
 
 import importlib
+import inspect
 import pkgutil
 
 import pytest
@@ -68,6 +69,13 @@ def test_labels(name, layers):
     system, _ = layer.recurrence(fresh_input(WIDTH))
     assert core(system).system == name
     assert core(system).gauge
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_system_is_also_a_function_of_projected_tensors(name):
+    function = getattr(importlib.import_module(f"dsf.models.{name}"), f"{name}_recurrence", None)
+    assert inspect.isfunction(function), f"{name}_recurrence: expected in dsf/models/{name}.py"
+    assert function.__doc__
 
 
 @pytest.mark.parametrize("name", NAMES)

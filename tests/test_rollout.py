@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import attention_models
 import frozen_models
 import numpy as np
 import pytest
@@ -134,6 +135,37 @@ def test_random_probes_estimate_norms_without_bias():
     assert not np.allclose(sketched, exact, rtol=1e-3)
 
 
+def test_progress_is_told_before_each_row_and_at_the_end():
+    found = dsf.rollout(case("mamba")[0])
+    n_out = found.output.shape[-1]
+    one = drawn((n_out,), 3)
+    for call, steps in (
+        (lambda tell: found.norm(slice(2, 5), progress=tell), range(2, 5)),
+        (lambda tell: found.trace(slice(2, 5), progress=tell), range(2, 5)),
+        (lambda tell: found.map(one, one, slice(2, 5), progress=tell), range(2, 5)),
+        (lambda tell: found.contributions(progress=tell), range(LENGTH)),
+    ):
+        said: list[tuple[int, int, str]] = []
+        call(lambda *word, said=said: said.append(word))
+        axis = "key" if len(steps) == LENGTH else "query"
+        assert said == [*((i, len(steps), f"{axis} {t}") for i, t in enumerate(steps)),
+                        (len(steps), len(steps), "done")]  # fmt: skip
+
+
+def test_what_is_not_finite_is_refused():
+    """A derivative would spread it over all tokens, those before it too."""
+    found = dsf.rollout(case("mamba")[0])
+    for function, like in (("apply", found.input), ("transposed", found.output)):
+        for bad in (float("nan"), float("inf")):
+            x = torch.zeros_like(like)
+            x[:, -1, 0] = bad
+            with pytest.raises(DsfValueError, match=rf"Rollout.{function}: .: .*got 2 NaN or inf"):
+                getattr(found, function)(x)
+    direction = torch.full((found.output.shape[-1],), float("nan"), dtype=torch.float64)
+    with pytest.raises(DsfValueError, match=r"Rollout: direction: expected finite numbers"):
+        found.row(0, direction)
+
+
 def test_tokens_become_coordinates():
     found = dsf.rollout(case("mamba")[0])
     tokens = [f"t{i}" for i in range(LENGTH)]
@@ -236,6 +268,137 @@ def test_nothing_of_the_model_is_changed():
         assert "forward" not in module.__dict__
 
 
+# -- encoder-decoders, shared layers, short convolutions ----------------------------------------
+
+
+@functools.cache
+def encoder_decoder(name: str):
+    """(model, traces) with 9 tokens to decode of an other sequence of 13, some of it padding."""
+    model = attention_models.model(name, torch.float64)
+    return model, dsf.trace(model, attention_models.inputs(name, "right", queries=LENGTH))
+
+
+def encoder_decoder_rollout(name: str, source: str, mlp: str = "omitted") -> dsf.Rollout:
+    stack = "decoder.block" if name == "t5" else "decoder.layers"
+    return dsf.rollout(encoder_decoder(name)[1], stack=stack, source=source, mlp=mlp)
+
+
+@pytest.mark.parametrize("mlp", ["omitted", "jacobian"])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_decoders_are_the_frozen_model_in_both_their_sequences(name, mlp):
+    model, _ = encoder_decoder(name)
+    inputs = attention_models.inputs(name, "right", queries=LENGTH)
+    own, other = (encoder_decoder_rollout(name, source, mlp) for source in ("own", "other"))
+    assert own.input.shape[1] == LENGTH
+    assert other.input.shape[1] == tiny_models.LENGTH
+    assert torch.equal(own.output, other.output)
+    assert max(own.error, other.error) <= REACHED
+    written = getattr(frozen_models, f"{name}_decoder")
+    seen = (inputs["decoder_attention_mask"].bool(), inputs["attention_mask"].bool())
+
+    def frozen(x: Tensor, read: Tensor) -> Tensor:
+        return written(model, x, read, mlp, *seen)
+
+    at = own.input, other.input
+    output = frozen(*at).detach()
+    assert float((output - own.output).abs().max()) <= REACHED * float(output.abs().max())
+    seed = drawn(own.output.shape, 2)
+    _, pull = vjp(frozen, *at)
+    for found, exact, direction in zip((own, other), pull(seed), (3, 4), strict=True):
+        exact, x = exact.detach(), drawn(found.input.shape, direction)
+        assert float(exact.abs().max()) > REACHED
+        error = float((found.transposed(seed) - exact).abs().max())
+        assert error <= REACHED * float(exact.abs().max())
+        zero = [torch.zeros_like(y) for y in at]
+        zero[0 if found is own else 1] = x
+        forward = jvp(frozen, at, tuple(zero))[1].detach()
+        error = float((found.apply(x) - forward).abs().max())
+        assert error <= REACHED * float(forward.abs().max())
+        row = torch.zeros_like(seed)
+        row[:, TOKEN] = seed[0, 0]
+        exact = pull(row)[0 if found is own else 1].detach()
+        got = torch.tensor(found.row(TOKEN, seed[0, 0]).values)
+        assert float((got - exact).abs().max()) <= REACHED * float(exact.abs().max())
+
+
+def test_maps_between_two_sequences_have_the_texts_of_both():
+    own, other = (encoder_decoder_rollout("bart", source) for source in ("own", "other"))
+    read, written = [f"q{i}" for i in range(LENGTH)], [f"k{i}" for i in range(13)]
+    norm = other.norm(probes=2, tokens=(read, written))
+    assert norm.sizes == {"batch": 2, "query": LENGTH, "key": 13}
+    assert list(norm["query_token"].values) == read
+    assert list(norm["key_token"].values) == written
+    assert norm.attrs["direction"] == "cross"
+    assert float(norm.values[1, :, -tiny_models.PADDED :].max()) == 0  # padding is not read
+    assert own.norm(probes=2).attrs["direction"] == "causal"
+    assert float(np.triu(own.norm(probes=2).values[0], 1).max()) == 0
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_is_a_stack_of_its_own_and_feeds_the_other(name):
+    """What the encoder's tokens do to the decoder: the product of two maps, where norms follow."""
+    _, traces = encoder_decoder(name)
+    stack = "encoder.block" if name == "t5" else "encoder.layers"
+    encoder = dsf.rollout(traces, stack=stack)
+    assert encoder.error <= REACHED
+    if name == "bart":  # T5 has a norm between both
+        other = encoder_decoder_rollout(name, "other")
+        assert float((encoder.output - other.input).abs().max()) <= REACHED
+        assert other.apply(encoder.apply(encoder.input)).shape == other.output.shape
+
+
+@pytest.mark.parametrize("length", [LENGTH, 13])
+def test_torchs_transformer_has_two_stacks_too(length):
+    """With as many keys as queries its cross-attention looks like any other layer."""
+    torch.manual_seed(0)
+    model = nn.Transformer(WIDTH, 3, 1, 2, 32, dropout=0.0, batch_first=True).double().eval()
+    mask = model.generate_square_subsequent_mask(LENGTH, dtype=torch.float64)
+    traces = dsf.trace(model, {
+        "src": drawn((2, length, WIDTH)), "tgt": drawn((2, LENGTH, WIDTH), 1), "tgt_mask": mask,
+        "tgt_is_causal": True,
+    })  # fmt: skip
+    own, other = (
+        dsf.rollout(traces, stack="decoder.layers", source=source) for source in ("own", "other")
+    )
+    assert max(own.error, other.error) <= REACHED
+    assert own.attrs["direction"] == "causal"
+    assert other.input.shape == (2, length, WIDTH)
+    parts = own.apply(own.input) + other.apply(other.input)
+    assert float((own.output - parts).abs().max()) > SINGLE  # biases and MLPs
+    read = dsf.rollout(traces, stack="encoder.layers").output
+    norm = model.encoder.norm
+    assert norm is not None
+    assert float((norm(read) - other.input).abs().max()) <= REACHED
+
+
+@pytest.mark.parametrize("mlp", ["omitted", "jacobian"])
+@pytest.mark.parametrize("name", ["albert", "lfm3", "lfm2"])
+def test_shared_layers_and_short_convolutions_are_the_frozen_model(name, mlp):
+    model, inputs = tiny_models.model(name, torch.float64), tiny_models.inputs("right", LENGTH)
+    found = dsf.rollout(dsf.trace(model, inputs), mlp=mlp)
+    assert found.error <= REACHED
+    written, mask = getattr(frozen_models, name.rstrip("23")), inputs["attention_mask"]
+
+    def frozen(x: Tensor) -> Tensor:
+        return written(model, x, mlp, mask)
+
+    output, forward = jvp(frozen, (found.input,), (drawn(found.input.shape, 1),))
+    output, forward = output.detach(), forward.detach()
+    assert float((output - found.output).abs().max()) <= REACHED * float(output.abs().max())
+    error = float((found.apply(drawn(found.input.shape, 1)) - forward).abs().max())
+    assert error <= REACHED * float(forward.abs().max())
+    seed = drawn(found.output.shape, 2)
+    backward = vjp(frozen, found.input)[1](seed)[0].detach()
+    error = float((found.transposed(seed) - backward).abs().max())
+    assert error <= REACHED * float(backward.abs().max())
+
+
+def test_residuals_inside_mixers_and_experts_are_explained():
+    for name in ("bloom", "lfm2_moe"):
+        model = attention_models.model(name, torch.float64)
+        assert dsf.rollout(dsf.trace(model, tiny_models.inputs())).error <= REACHED, name
+
+
 # -- what is refused ---------------------------------------------------------------------------
 
 
@@ -284,22 +447,20 @@ def test_incomplete_or_mixed_traces_are_refused(unchecked):
         dsf.rollout({})
     with pytest.raises(DsfValueError, match=r"got something else"):
         dsf.rollout([1])
-    with pytest.raises(DsfValueError, match="mlp 'omitted' or 'jacobian'"):
+    with pytest.raises(DsfValueError, match="mlp: expected 'omitted' or 'jacobian'"):
         dsf.rollout([first, second], mlp="none")
 
 
-def test_two_stacks_and_parts_of_a_module_are_refused():
-    from transformers import T5Config, T5Model
-
-    torch.manual_seed(0)
-    model = T5Model(T5Config(
-        vocab_size=tiny_models.VOCABULARY, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=3,
-        pad_token_id=0, decoder_start_token_id=0,
-    )).eval()  # fmt: skip
-    inputs = tiny_models.inputs()
-    traces = dsf.trace(model, {**inputs, "decoder_input_ids": inputs["input_ids"]})
-    with pytest.raises(DsfUnsupportedError, match="layers of one stack"):
+def test_stacks_that_are_not_named_and_parts_of_a_module_are_refused():
+    traces = encoder_decoder("t5")[1]
+    with pytest.raises(DsfValueError, match=r"stack: .*'encoder.block', 'decoder.block', .* None"):
         dsf.rollout(traces)
+    with pytest.raises(DsfValueError, match=r"stack: .*, got 'decoder'"):
+        dsf.rollout(traces, stack="decoder")
+    with pytest.raises(DsfValueError, match=r"end: expected 'layers' for encoder.block, got 'mod"):
+        dsf.rollout(traces, stack="encoder.block", end="model")
+    with pytest.raises(DsfValueError, match=r"source: expected 'own' for layers without cross-at"):
+        dsf.rollout(traces, stack="encoder.block", source="other")
     lstm = dsf.trace(nn.LSTM(3, 4, num_layers=2), torch.randn(5, 1, 3))
     with pytest.raises(DsfUnsupportedError, match=r"parts of one module: 'l0'"):
         dsf.rollout(lstm)
@@ -324,5 +485,7 @@ def test_axes_that_do_not_fit_are_refused(unchecked):
         found.row(99)
     with pytest.raises(DsfValueError, match=r"Rollout.norm: probes: expected at least 1 or None"):
         found.norm(probes=0)
+    with pytest.raises(DsfShapeError, match=r"tokens: expected a pair"):
+        encoder_decoder_rollout("bart", "other").norm(probes=1, tokens=["a"])
     with pytest.raises(DsfTypeError, match=r"Rollout: queries: expected a slice or a range"):
         found.norm(queries=[0, 1])

@@ -1,5 +1,6 @@
 """TTT-Linear and TTT-MLP against released numbers, autograd's own inner gradients, and limits."""
 
+import functools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ import dsf
 from dsf.errors import DsfShapeError, DsfValueError
 from dsf.models.delta_net import delta_net_recurrence
 from dsf.models.ttt_linear import TttLinear, ttt_linear_recurrence
-from dsf.models.ttt_mlp import TttMlp
+from dsf.models.ttt_mlp import TttMlp, ttt_mlp_recurrence
 from dsf.transitions import BlockDiagonal, Dense, Householder, Identity
 
 EXACT = 1e-13
@@ -124,6 +125,78 @@ def test_layer_descends_by_the_gradient_of_its_loss(kind, size):
     layer = shaken(kind(12, 3, mini_batch=size, base_rate=2.0), 0.3)
     x = fresh_input(12, length=8, batch=1)
     assert_near("autograd", layer(x), by_autograd(layer, x), EXACT * 10)
+
+
+def descended(q, k, v, rate, beta, first, second, norm, size):
+    """z_t of every token, both layers trained by autograd's gradient, one token after another."""
+    gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+    one, outputs = torch.ones_like(q[:, 0, :, :1]), []
+
+    def network(weights, x):
+        inner = gelu(torch.einsum("bhi,bhij->bhj", torch.cat([x, one], -1), weights[0]))
+        return torch.einsum("bhi,bhij->bhj", torch.cat([inner, one], -1), weights[1])
+
+    start, sums = [first, second], [torch.zeros_like(first), torch.zeros_like(second)]
+    for t in range(q.shape[1]):
+        if t and t % size == 0:
+            last = rate[:, t - 1, :, None, None]
+            start = [w + last * s for w, s in zip(start, sums, strict=True)]
+            sums = [torch.zeros_like(s) for s in sums]
+        leaves = [w.detach().requires_grad_() for w in start]
+        guess, target = network(leaves, k[:, t]), v[:, t]
+        if norm is not None:
+            weight, bias, eps = norm
+            target = target - k[:, t]
+            guess = (
+                weight * torch.nn.functional.layer_norm(guess, guess.shape[-1:], eps=eps) + bias
+            )
+        slopes = torch.autograd.grad((guess - target).square().sum() / 2, leaves)
+        sums = [s - beta[:, t, :, None, None] * g for s, g in zip(sums, slopes, strict=True)]
+        now = [w + rate[:, t, :, None, None] * s for w, s in zip(start, sums, strict=True)]
+        outputs.append(network(now, q[:, t]))
+    return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("size", [1, 3])
+def test_mlp_system_is_its_second_layer_trained_by_autograd(size, normalised):
+    channel = 4 if normalised else 5  # v - k asks for one width
+    q, k, v = normal(2, 8, 3, 4), normal(2, 8, 3, 4, seed=1), normal(2, 8, 3, channel, seed=2)
+    rate, beta = (torch.sigmoid(normal(2, 8, 3, seed=s)) for s in (3, 4))
+    first, second = 0.5 * normal(2, 3, 5, 6, seed=5), 0.5 * normal(2, 3, 7, channel, seed=6)
+    norm = (1 + 0.1 * normal(3, 4, seed=7), normal(3, 4, seed=8), 1e-6) if normalised else None
+    r, u = ttt_mlp_recurrence(
+        q, k, v, rate, first, second, *(norm or ())[:2], write_strength=beta, mini_batch=size,
+        eps=1e-6,
+    )  # fmt: skip
+    assert r.mode == "exact_along_trajectory"
+    assert isinstance(r.A, Identity if size == 1 else BlockDiagonal)
+    expected = descended(q, k, v, rate, beta, first, second, norm, size)
+    for backend in ("reference", "auto"):
+        assert_near(backend, dsf.scan(r, u, backend), expected, EXACT * 10)
+    start = first.new_zeros(first.shape)
+    y = dsf.scan(*ttt_mlp_recurrence(q, k, v, rate, start, 0 * second))
+    assert not bool(y.isnan().any())
+    for length in (0, 1, 2):
+        parts = [x[:, :length] for x in (q, k, v, rate)]
+        r, u = ttt_mlp_recurrence(*parts, first, second, mini_batch=size)
+        assert dsf.scan(r, u).shape == (2, length, 3, channel)
+
+
+def test_mlp_system_names_the_argument_that_does_not_fit():
+    q, rate = normal(1, 5, 2, 3), normal(1, 5, 2)
+    first, second = normal(1, 2, 4, 6), normal(1, 2, 7, 3)
+    wanted = {
+        r"first: expected shape \(1, 2, 4, 6\), got \(1, 2, 3, 6\)": (first[:, :, 1:], second),
+        r"second: expected shape \(1, 2, 7, 3\), got \(1, 2, 6, 3\)": (first, second[:, :, 1:]),
+        r"norm_bias: expected shape \(2, 3\), got \(2, 2\)":
+            (first, second, normal(2, 3), normal(2, 2)),
+    }  # fmt: skip
+    for message, given in wanted.items():
+        with pytest.raises(DsfShapeError, match=message):
+            ttt_mlp_recurrence(q, q, q, rate, *given)
+    with pytest.raises(DsfValueError, match="mini_batch: expected at least 1, got 0"):
+        ttt_mlp_recurrence(q, q, q, rate, first, second, mini_batch=0)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,13 @@ class InnerNorm(NamedTuple):
         normal = functional.layer_norm(z, z.shape[-1:], eps=self.eps)
         return self.weight[:, None] * normal + self.bias[:, None]
 
+    @classmethod
+    def of(cls, weight: Tensor | None, bias: Tensor | None, eps: float) -> InnerNorm | None:
+        """None without a weight; a bias of zeros without a bias."""
+        if weight is None:
+            return None
+        return cls(weight, weight.new_zeros(weight.shape) if bias is None else bias, eps)
+
     def gradient(self, z: Tensor, target: Tensor) -> Tensor:
         """d/dz of |LN(z) - target|^2 / 2."""
         centred = z - z.mean(-1, keepdim=True)
@@ -47,6 +54,19 @@ class Tokens(NamedTuple):
     value: Tensor
     rate: Tensor
     strength: Tensor
+
+    @classmethod
+    def by_head(
+        cls, query: Tensor, key: Tensor, value: Tensor, rate: Tensor, strength: Tensor
+    ) -> Tokens:
+        """From (batch, time, head, width), the last two (batch, time, head)."""
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return cls(q, k, v, rate.mT[..., None], strength.mT[..., None])
+
+    def by_time(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `by_head` was given."""
+        q, k, v = (x.transpose(1, 2) for x in self[:3])
+        return q, k, v, self.rate[..., 0].mT, self.strength[..., 0].mT
 
     def cut(self, start: int, stop: int) -> Tokens:
         """Tokens start..stop-1."""

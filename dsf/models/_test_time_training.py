@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from dsf.models._inner_training import (
     Tokens,
     Trained,
     train_sequence,
-    written_recurrence,
 )
 from dsf.models._mixer import SequenceMixer
 from dsf.recurrence import Recurrence
@@ -73,15 +73,14 @@ class TestTimeTrainer(SequenceMixer):
             self.inner_weight = nn.Parameter(torch.ones(n_head, channel))
             self.inner_bias = nn.Parameter(torch.zeros(n_head, channel))
 
+    @abc.abstractmethod
+    def started(self, tokens: Tokens, start: list[Tensor]) -> tuple[Recurrence, Tensor]:
+        """The system from the learned start, and its values: its `<system>_recurrence`."""
+
     def recurrence(self, x: Tensor) -> tuple[Recurrence, Tensor]:
         """The weights' system and its values: the corrections, (batch, time, head, channel)."""
-        run, tokens = self._run(x)
-        q, k, u = (part.transpose(1, 2) for part in run[1:4])
-        system = written_recurrence(
-            self.system, q, k, tokens.rate[..., 0].mT, tokens.strength[..., 0].mT,
-            self.mini_batch, is_plain=not self.normalised,
-        )  # fmt: skip
-        return system, u if self.normalised else tokens.value.transpose(1, 2)
+        system, values = self.started(self._tokens(x), [m.start for m in self._memory(x)])
+        return system.replace(initial_state=None), values
 
     def readout(self, y: Tensor, x: Tensor) -> Tensor:
         """What W_0 says of the queries, the inner norm and residual, norm and projection."""
@@ -139,6 +138,11 @@ class TestTimeTrainer(SequenceMixer):
     def _run(
         self, x: Tensor, memory: list[Trained] | None = None, place: int | Tensor = 0
     ) -> tuple[InnerRun, Tokens]:
+        tokens = self._tokens(x, place)
+        memory = self._memory(x) if memory is None else memory
+        return train_sequence(memory, tokens, self._norm(), self.mini_batch), tokens
+
+    def _tokens(self, x: Tensor, place: int | Tensor = 0) -> Tokens:
         q, k, v = (split_heads(f(x), self.n_head) for f in (self.query, self.key, self.value))
         at = (torch.arange(x.shape[1], device=x.device) + place).long() % self.mini_batch
         if self.rope_base is not None:
@@ -148,12 +152,7 @@ class TestTimeTrainer(SequenceMixer):
             q, k = (rotate(part, cos, sin, "neighbour") for part in (q, k))
         rate = (1 / (at + 1).to(x.dtype) + self.offset[at]).clamp(min=0)
         strength = self.base_rate * torch.sigmoid(self.strength(x)) / q.shape[-1]
-        tokens = Tokens(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-            rate[:, None].expand(*strength.mT.shape, 1), strength.mT[..., None],
-        )  # fmt: skip
-        memory = self._memory(x) if memory is None else memory
-        return train_sequence(memory, tokens, self._norm(), self.mini_batch), tokens
+        return Tokens.by_head(q, k, v, rate[:, None].expand(strength.shape), strength)
 
     def _memory(self, x: Tensor) -> list[Trained]:
         start = list(self.start)

@@ -64,10 +64,7 @@ def ttt_linear_recurrence(
         "write_strength": (write_strength, each),
         "initial_state": (initial_state, (batch, head, n_state + 1, channel)),
     })  # fmt: skip
-    norm = None
-    if norm_weight is not None:
-        bias = norm_weight.new_zeros(norm_weight.shape) if norm_bias is None else norm_bias
-        norm = InnerNorm(norm_weight, bias, eps)
+    norm = InnerNorm.of(norm_weight, norm_bias, eps)
     strength = rate.new_ones(rate.shape) if write_strength is None else write_strength
     features = with_one(scale * query), with_one(key)
     corrections = value
@@ -75,10 +72,7 @@ def ttt_linear_recurrence(
         start = initial_state
         if start is None:
             start = value.new_zeros(batch, head, n_state + 1, channel)
-        tokens = Tokens(
-            scale * query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-            rate.mT[..., None], strength.mT[..., None],
-        )  # fmt: skip
+        tokens = Tokens.by_head(scale * query, key, value, rate, strength)
         memory = [Trained(start, start.new_zeros(start.shape))]
         run = train_sequence(memory, tokens, norm, mini_batch)
         corrections = run.correction.transpose(1, 2)
@@ -109,6 +103,15 @@ class TttLinear(TestTimeTrainer):
         super().__init__(
             width, n_head, mini_batch=mini_batch, base_rate=base_rate, normalised=normalised,
             rope_base=rope_base, norm_eps=norm_eps,
+        )  # fmt: skip
+
+    def started(self, tokens: Tokens, start: list[Tensor]) -> tuple[Recurrence, Tensor]:
+        """`ttt_linear_recurrence` of the tokens."""
+        query, key, value, rate, strength = tokens.by_time()
+        norm = (self.inner_weight, self.inner_bias) if self.normalised else ()
+        return ttt_linear_recurrence(
+            query, key, value, rate, *norm, write_strength=strength,
+            mini_batch=self.mini_batch, eps=self.norm_eps, initial_state=start[0],
         )  # fmt: skip
 
     @classmethod
