@@ -25,11 +25,12 @@ from dsf.adapters._selection import (
     not_called,
     refuse_cache,
     refuse_compiled,
+    unfaithful,
 )
 from dsf.adapters._session import quiet, run_pass
-from dsf.errors import DsfFidelityError, DsfTypeError, DsfValueError
+from dsf.errors import DsfTypeError, DsfValueError
 from dsf.scanning import scan
-from dsf.wrappers import System
+from dsf.wrappers import System, core
 
 if TYPE_CHECKING:
     import dsf.blocks
@@ -40,7 +41,7 @@ TOLERANCE = {
 """Largest accepted `error`, by the dtype of the layer's output."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LayerTrace:
     """One layer of a real model as a recurrence.
 
@@ -58,11 +59,18 @@ class LayerTrace:
     system: str
     recurrence: System
     values: Tensor
-    readout: Callable[[Tensor], Tensor] = dataclasses.field(repr=False)
-    output: Tensor = dataclasses.field(repr=False)
+    readout: Callable[[Tensor], Tensor]
+    output: Tensor
     error: float
-    attrs: dict[str, Any] = dataclasses.field(repr=False)
-    source: Source | None = dataclasses.field(default=None, repr=False)
+    attrs: dict[str, Any]
+    source: Source | None = None
+
+    def __repr__(self) -> str:
+        """One line of names and shapes, and the error."""
+        kind = "" if self.recurrence is core(self.recurrence) else type(self.recurrence).__name__
+        parts = [kind, repr(core(self.recurrence)), f"values {tuple(self.values.shape)}"]
+        shown = ", ".join(part for part in parts if part)
+        return f"LayerTrace({self.name!r}: {shown}, error {self.error:.2g})"
 
     def block(self, *, tolerance: float | None = None) -> dsf.blocks.Block:
         """The whole layer, projections, convolution, gates and norms frozen: see `dsf.Block`."""
@@ -251,7 +259,7 @@ def _layer_trace(
         if part.tapped is not None and part.to_tapped is not None:
             scan_error = relative_error(part.to_tapped(y), part.tapped)
     if not error <= limit:
-        raise _unfaithful(name or type(visit.module).__name__, part, error, scan_error, limit)
+        raise unfaithful(name or type(visit.module).__name__, part, error, scan_error, limit)
     attrs = {
         "scan_error": scan_error,
         "implementation": visit.taps[0].implementation if visit.taps else "torch",
@@ -265,23 +273,6 @@ def _layer_trace(
     index = _index(name, visit.module, order) if part.layer is None else part.layer
     return LayerTrace(name, index, part.system, part.recurrence, part.values, readout,
                       part.output, error, {**attrs, **part.attrs}, source)  # fmt: skip
-
-
-def _unfaithful(
-    name: str, part: Built, error: float, scan_error: float | None, limit: float
-) -> DsfFidelityError:
-    if bool(torch.isnan(part.output).any()):
-        return DsfFidelityError(
-            f"dsf.trace: {name}: expected a finite output of the layer, got NaN, which no "
-            f"recurrence can reproduce. Look for rows of a mask that hide every key."
-        )
-    at = "" if scan_error is None else f" (at the scan, before the readout: {scan_error:.3g})"
-    return DsfFidelityError(
-        f"dsf.trace: {name}: expected the recurrence to reproduce the layer's output within "
-        f"{limit:.3g}, got a relative difference of {error:.3g}{at}. Either the layer does "
-        f"something that the adapter does not know, or its weights changed since the pass. To "
-        f"look at the recurrence all the same, pass a larger tolerance=."
-    )
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

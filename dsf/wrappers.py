@@ -67,7 +67,7 @@ class Gated:
     """
 
     system: Recurrence | Bidirectional | Anticausal
-    gate: Tensor
+    gate: Tensor = dataclasses.field(repr=False)
 
 
 System: TypeAlias = Recurrence | Anticausal | Bidirectional | Gated

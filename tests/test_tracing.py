@@ -48,6 +48,17 @@ def test_a_trace_is_frozen_and_says_how_it_was_made():
         layer.error = 0.0  # type: ignore[misc]
 
 
+def test_a_trace_is_shown_in_one_line_without_its_numbers():
+    layer = from_layer(nn.GRU(3, 2), torch.randn(4, 1, 3))
+    assert repr(dataclasses.replace(layer, error=1.25e-7)) == (
+        "LayerTrace('l0': Recurrence(gru: A diagonal, B (1, 4, 2, 1, 1), C (1, 1, 1, 1, 1), "
+        "exact_along_trajectory), values (1, 4, 2, 1), error 1.2e-07)"
+    )
+    encoder = from_layer(nn.MultiheadAttention(4, 2), *torch.randn(3, 5, 1, 4), need_weights=False)
+    assert repr(encoder).startswith("LayerTrace('': Bidirectional, Recurrence(softmax_attention: ")
+    assert "tensor" not in repr(encoder)
+
+
 def test_three_forms_of_asking_give_the_same_recurrence():
     model = tiny_models.model("llama")
     inputs, path = tiny_models.inputs("left"), "layers.1.self_attn"

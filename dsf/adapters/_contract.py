@@ -77,7 +77,7 @@ class Adapter(abc.ABC):
     decodes: ClassVar[bool] = False
     """Whether `build` also understands calls with a cache, for `dsf.trace_decoding`."""
     gates_first: ClassVar[bool] = False
-    """Whether the left of two factors made of the layer's input is a gate: blocks hold it fixed."""
+    """Whether the left of two factors made of the input is a gate: blocks hold it fixed."""
     systems: ClassVar[tuple[str, ...]] = ()
     """The registered names it builds, and `tapped`, where it reads them: for the table of layers,
     which otherwise goes by `name`, `functions` and `needs_tap`."""
