@@ -195,6 +195,23 @@ def bench(
     print(timing.table(rows) + "\n" + json.dumps(timing.versions()))
 
 
+@app.command()
+def symbolic(
+    system: Annotated[str, typer.Argument(help="A name that `dsf models` lists.")],
+    length: Annotated[int, typer.Option(min=1, max=6, help="Tokens.")] = 2,
+    size: Annotated[int, typer.Option(min=1, max=4, help="Width of queries and keys.")] = 1,
+    latex: Annotated[bool, typer.Option("--latex", help="Print LaTeX.")] = False,
+) -> None:
+    """Write A, B, C, D of a system and the map of its first tokens in symbols.
+
+    Example: dsf symbolic metala --length 3
+    """
+    from dsf.symbolic import system as written
+
+    made = written(system, length=length, size=size)
+    print(made.latex() if latex else made.text())
+
+
 # -- input and output --------------------------------------------------------------------------
 
 
