@@ -15,6 +15,7 @@ needs_weights = pytest.mark.skipif(
 )
 
 SMALL = {
+    "zero_sum_spread": (["--tokens", "12"], ["nc", "csv", "pdf", "png"]),
     "gates_and_sinks": (["--tokens", "12"], ["nc", "csv", "pdf", "png"]),
     "injectivity": (["--tokens", "12"], ["nc", "csv", "pdf", "png"]),
     "memory_horizon": (
