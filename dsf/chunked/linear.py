@@ -69,14 +69,13 @@ def _carry_block(whole: Parts | None, local: Tensor, state: Tensor) -> tuple[Ten
     else:  # (batch, head, 1, n, state * channel): the same weights for every state
         x, h = local.flatten(3).unsqueeze(2), h.flatten(2)[:, :, None, None]
     if whole is None:
-        weights, last, added = local.new_ones(1, 1, 1, n, n).tril(-1), state, x.sum(3)
+        weights, last, added = local.new_ones(1, 1, 1, n, n + 1).tril(), state, x.sum(3)
     else:
         decay = between(whole).to(local.dtype)  # row i = 1..n, column j = 0..n
         weights = torch.tril(pad(decay[..., :-1, :], (0, 0, 1, 0), value=1.0))
-        h, weights = weights[..., :1] * h, weights[..., 1:]
         last = numbers(block_parts(whole, n), real_dtype(state.dtype)).mT * state
         added = (decay[..., -1:, 1:] @ x).squeeze(3)
-    before = add_product(h, weights, x)
+    before = weights @ torch.cat([h, x], 3)
     before = (
         before.transpose(2, 3) if by_state else before.squeeze(2).unflatten(3, local.shape[3:])
     )
