@@ -12,17 +12,15 @@ sink is kept up by massive ones (`dsf.measures.massive_activations`; Sun et al.,
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from _heads import MODEL, ROOT, TEXT
+from _heads import MODEL, flags, write
 
 import dsf
-from dsf import measures, plot, results
+from dsf import measures, plot
 from dsf._panels import new_figure
 from dsf.pretrained import minilm
 from dsf.reading import read
@@ -32,19 +30,12 @@ from dsf.wrappers import Gated
 @torch.no_grad()
 def main() -> None:
     """Trace, measure, write the data set, the table and the figure."""
-    args = _arguments()
+    args = flags(__doc__, "gates_and_sinks").parse_args()
     torch.set_num_threads(1)
     text = args.text.read_text(encoding="utf-8")
     data = encoder(text, args.tokens)
     data.attrs = {"model": MODEL, "text": args.text.name, "dsf_version": dsf.__version__,
                   **gated(text, args.tokens)}  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    written = [results.save(data, args.out / "gates_and_sinks.nc", overwrite=True)]
-    figure = draw(data)
-    written += [
-        plot.save_figure(figure, args.out / f"gates_and_sinks.{k}") for k in ("pdf", "png")
-    ]
-    data[["first", "last"]].to_dataframe().to_csv(args.out / "gates_and_sinks.csv")
     for layer in data.layer.values:
         at = data.sel(layer=layer)
         ratio = float(at.largest) / float(at["median"])
@@ -52,8 +43,8 @@ def main() -> None:
               f"last {float(at['last'].mean()):.3f}, implied gate {float(at.gate.mean()):.3f}, "
               f"largest activation {ratio:.0f} times the median")  # fmt: skip
     print(f"gated attention, random weights: mean gate {data.attrs['random_gate']:.3f}")
-    for path in [*written, args.out / "gates_and_sinks.csv"]:
-        print(f"wrote {path}")
+    table = data[["first", "last"]].to_dataframe()
+    write("gates_and_sinks", args.out, data, table, draw(data))
 
 
 def encoder(text: str, tokens: int) -> xr.Dataset:
@@ -120,16 +111,6 @@ def draw(data: xr.Dataset) -> Any:
         sizes.set_title("(c) residual stream", loc="left")
         sizes.legend(loc="center right")
     return figure
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--text", type=Path, default=TEXT)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "gates_and_sinks")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

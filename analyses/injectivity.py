@@ -14,18 +14,16 @@ that the paper leaves out (`dsf.measures.confusion_counts`, `local_share`).
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from _heads import MODEL, ROOT, TEXT, causal_heads
+from _heads import MODEL, causal_heads, flags, write
 from torch import Tensor
 
 import dsf
-from dsf import measures, plot, results
+from dsf import measures, plot
 from dsf._panels import new_figure
 from dsf.models.inline_attention import inline_attention_recurrence
 from dsf.models.linear_attention import linear_attention_recurrence
@@ -43,7 +41,7 @@ WINDOW = 3
 @torch.no_grad()
 def main() -> None:
     """Count, judge, write the data set, the table and the figure."""
-    args = _arguments()
+    args = flags(__doc__, "injectivity").parse_args()
     torch.set_num_threads(1)
     layers = causal_heads(args.text.read_text(encoding="utf-8"), args.tokens)
     found: dict[str, list[Any]] = {"confused": [], "far": [], "local": [], "verdict": []}
@@ -64,19 +62,13 @@ def main() -> None:
         for name, row in rows.items():
             found[name].append(row)
     data = dataset(found, layers[0].query.shape[1], chance, args.text.name)
-    args.out.mkdir(parents=True, exist_ok=True)
-    written = [results.save(data, args.out / "injectivity.nc", overwrite=True)]
-    figure = draw(data)
-    written += [plot.save_figure(figure, args.out / f"injectivity.{k}") for k in ("pdf", "png")]
-    table = data[["local_share", "injective"]].to_dataframe()
-    table.to_csv(args.out / "injectivity.csv")
     for kind, name in KINDS.items():
         at = data.sel(kind=kind)
         rate = float(at.confused.sel(epsilon=1e-2, method="nearest").sum() / at.far.sum())
         heads = ", ".join(f"{int((at.injective == v).sum())} {VERDICTS[v]}" for v in VERDICTS)
         print(f"{name:>16}: {100 * rate:.3g} % of pairs within 1 %; heads: {heads}")
-    for path in [*written, args.out / "injectivity.csv"]:
-        print(f"wrote {path}")
+    table = data[["local_share", "injective"]].to_dataframe()
+    write("injectivity", args.out, data, table, draw(data))
 
 
 def mixer(kind: str, q: Tensor, k: Tensor) -> Any:
@@ -134,16 +126,6 @@ def draw(data: xr.Dataset) -> Any:
         local.set_title(f"(b) on the nearest {data.attrs['window']} tokens", loc="left")
         local.legend(loc="upper right")
     return figure
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--text", type=Path, default=TEXT)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "injectivity")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -14,20 +14,19 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from _heads import flags, write
 
 import dsf
-from dsf import measures, plot, results
+from dsf import measures, plot
 from dsf._panels import new_figure
 from dsf.comparison import parts_of, take_heads
 from dsf.reading import PRETRAINED, Reading, read
 
-ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = ("retention", "mamba2", "gla", "hgrn2", "metala", "rglru")
 HEADS = 12
 MASS = 0.9
@@ -44,18 +43,12 @@ def main() -> None:
     data.attrs = {"text": args.text.name, "tokens": len(reading.tokens), "mass": MASS,
                   "weights": f"minilm pre-trained, others random, seed {args.seed}",
                   "dsf_version": dsf.__version__}  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    written = [results.save(data, args.out / "memory_horizon.nc", overwrite=True)]
-    figure = draw(data)
-    written += [plot.save_figure(figure, args.out / f"memory_horizon.{k}") for k in ("pdf", "png")]
-    table = data[["horizon", "half_life"]].to_dataframe().dropna(how="all")
-    table.to_csv(args.out / "memory_horizon.csv")
     for layer in data.layer.values:
         at = data.layer_horizon.sel(layer=layer)
         print(f"minilm layer {layer}: {100 * MASS:g} % of the weight within "
               f"{float(at.min()):.0f} to {float(at.max()):.0f} tokens")  # fmt: skip
-    for path in [*written, args.out / "memory_horizon.csv"]:
-        print(f"wrote {path}")
+    table = data[["horizon", "half_life"]].to_dataframe().dropna(how="all")
+    write("memory_horizon", args.out, data, table, draw(data))
 
 
 def encoder(reading: Reading) -> xr.Dataset:
@@ -131,14 +124,9 @@ def draw(data: xr.Dataset) -> Any:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--text", type=Path, default=ROOT / "data" / "origin_of_species.txt")
+    parser = flags(__doc__, "memory_horizon", tokens=256)
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS))
-    parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "memory_horizon")
     return parser.parse_args()
 
 

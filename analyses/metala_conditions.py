@@ -13,17 +13,16 @@ a decay and, without any key, with a dynamic one. The first head is built and it
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from _heads import MODEL, ROOT, TEXT, causal_heads, causal_maps
+from _heads import MODEL, causal_heads, causal_maps, flags, write
 from torch import Tensor
 
 import dsf
-from dsf import plot, results
+from dsf import plot
 from dsf._panels import new_figure
 from dsf.measures.conditions import FAMILIES, conditions, static_approximation
 
@@ -57,15 +56,9 @@ def main() -> None:
         data.attrs[f"error_{name}"] = float(made.error)
         print(f"{name:>17} built for one head: error {float(made.error):.1e}, "
               f"largest key {float(made.largest_key):.3g}")  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    written = [results.save(data.merge(table), args.out / "metala_conditions.nc", overwrite=True)]
-    figure = draw(data, table)
-    written += [
-        plot.save_figure(figure, args.out / f"metala_conditions.{k}") for k in ("pdf", "png")
-    ]
-    table.to_dataframe().to_csv(args.out / "metala_conditions.csv")
-    for path in [*written, args.out / "metala_conditions.csv"]:
-        print(f"wrote {path}")
+    write(
+        "metala_conditions", args.out, data.merge(table), table.to_dataframe(), draw(data, table)
+    )
 
 
 def largest_keys(weights: Tensor, decay: float, lengths: np.ndarray) -> np.ndarray:
@@ -109,13 +102,8 @@ def draw(data: xr.Dataset, table: xr.Dataset) -> Any:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--text", type=Path, default=TEXT)
-    parser.add_argument("--tokens", type=int, default=256)
+    parser = flags(__doc__, "metala_conditions", tokens=256)
     parser.add_argument("--decays", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.99])
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "metala_conditions")
     return parser.parse_args()
 
 

@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from _heads import MODEL, ROOT, TEXT, causal_heads, causal_maps
+from _heads import MODEL, causal_heads, causal_maps, flags, write
 from torch import Tensor
 
 import dsf
-from dsf import plot, results
+from dsf import plot
 from dsf._panels import new_figure
 from dsf.models._random_features import draw_directions, leverage_directions
 from dsf.models.hierarchical_attention import hierarchical_attention_recurrence
@@ -71,16 +70,9 @@ def main() -> None:
                       attrs={"model": MODEL, "text": args.text.name, "tokens": len(maps[0]),
                              "error": "relative Frobenius error of the map",
                              "dsf_version": dsf.__version__})  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    written = [results.save(data, args.out / "softmax_to_recurrence.nc", overwrite=True)]
     table = data.to_dataframe().groupby(["kind", "states"]).error.describe()
-    table.to_csv(args.out / "softmax_to_recurrence.csv")
     print(table["50%"].unstack().to_string(float_format=lambda x: f"{x:.3f}", na_rep=""))
-    figure = draw(data)
-    written += [plot.save_figure(figure, args.out / f"softmax_to_recurrence.{kind}")
-                for kind in ("pdf", "png")]  # fmt: skip
-    for path in [*written, args.out / "softmax_to_recurrence.csv"]:
-        print(f"wrote {path}")
+    write("softmax_to_recurrence", args.out, data, table, draw(data))
 
 
 def stand_ins(q: Tensor, k: Tensor, weights: Tensor, states: list[int]) -> Iterator[
@@ -157,14 +149,9 @@ def draw(data: xr.Dataset) -> Any:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--text", type=Path, default=TEXT)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser = flags(__doc__, "softmax_to_recurrence", tokens=128)
     parser.add_argument("--heads", type=int, default=2, help="heads of each layer")
     parser.add_argument("--states", type=int, nargs="+", default=[2, 4, 8, 16, 32, 48])
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "softmax_to_recurrence")
     return parser.parse_args()
 
 

@@ -16,17 +16,16 @@ import argparse
 import bisect
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from _heads import MODEL, ROOT, TEXT, causal_heads, causal_maps
+from _heads import MODEL, causal_heads, causal_maps, flags, write
 from scipy.stats import spearmanr
 
 import dsf
-from dsf import measures, plot, results
+from dsf import measures, plot
 from dsf._panels import new_figure
 
 REGULARISATION = 1e-3
@@ -61,13 +60,7 @@ def main() -> None:
                "head_width": heads.query.shape[3], "regularisation": REGULARISATION,
                "dsf_version": dsf.__version__},
     )  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    written = [results.save(data, args.out / "states_needed.nc", overwrite=True)]
-    figure = draw(data)
-    written += [plot.save_figure(figure, args.out / f"states_needed.{k}") for k in ("pdf", "png")]
-    data.to_dataframe().to_csv(args.out / "states_needed.csv")
-    for path in [*written, args.out / "states_needed.csv"]:
-        print(f"wrote {path}")
+    write("states_needed", args.out, data, data.to_dataframe(), draw(data))
 
 
 def needed(weights: torch.Tensor, errors: Sequence[float]) -> list[tuple[int, float]]:
@@ -117,13 +110,8 @@ def draw(data: xr.Dataset) -> Any:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--text", type=Path, default=TEXT)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser = flags(__doc__, "states_needed", tokens=128)
     parser.add_argument("--errors", type=float, nargs="+", default=[0.1, 0.03, 0.01, 0.001])
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "states_needed")
     return parser.parse_args()
 
 

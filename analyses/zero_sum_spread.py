@@ -13,20 +13,18 @@ values of size 1 can give. At 131,072 tokens: `long_rows.py`.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from _heads import MODEL, ROOT, TEXT, causal_heads
+from _heads import MODEL, causal_heads, flags, write
 from torch import Tensor
 from torch.nn.functional import normalize
 
 import dsf
-from dsf import measures, plot, results
+from dsf import measures, plot
 from dsf._panels import new_figure
 from dsf.models.inline_attention import inline_attention_recurrence
 from dsf.models.linear_attention import linear_attention_recurrence
@@ -46,7 +44,7 @@ SHOWN = {
 @torch.no_grad()
 def main() -> None:
     """Measure every row of every head, write the data set, the table and the figure."""
-    args = _arguments()
+    args = flags(__doc__, "zero_sum_spread").parse_args()
     torch.set_num_threads(1)
     layers = causal_heads(args.text.read_text(encoding="utf-8"), args.tokens)
     rows = [xr.concat([measured(kind, heads.query.double(), heads.key.double())
@@ -56,18 +54,10 @@ def main() -> None:
     data.attrs = {"model": MODEL, "text": args.text.name, "gates": "0.5, 0.5",
                   "logits": "of the head's first query",
                   "dsf_version": dsf.__version__}  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    written = [results.save(data, args.out / "zero_sum_spread.nc", overwrite=True)]
-    figure = draw(data)
-    written += [
-        plot.save_figure(figure, args.out / f"zero_sum_spread.{k}") for k in ("pdf", "png")
-    ]
     last = data.isel(query=-1).median(("layer", "head")).to_dataframe()
-    last.to_csv(args.out / "zero_sum_spread.csv")
     print("last row, median over heads:")
     print(last[["row_sum", *SHOWN]].map("{:.3g}".format).to_string())
-    for path in [*written, args.out / "zero_sum_spread.csv"]:
-        print(f"wrote {path}")
+    write("zero_sum_spread", args.out, data, last, draw(data))
 
 
 def measured(kind: str, q: Tensor, k: Tensor) -> xr.Dataset:
@@ -116,16 +106,6 @@ def draw(data: xr.Dataset) -> Any:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(KINDS))
     return figure
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--text", type=Path, default=TEXT)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "zero_sum_spread")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
