@@ -20,6 +20,7 @@ from dsf.factors import MixingRows
 from dsf.maps import system_attrs
 from dsf.models import SequenceMixer
 from dsf.recurrence import Recurrence
+from dsf.rollouts import Progress
 from dsf.scanning import scan
 from dsf.tracing import LayerTrace, relative_error
 from dsf.wrappers import Anticausal, Bidirectional, Gated, System, core
@@ -45,8 +46,6 @@ MANY_PAIRS = 16
 
 
 Comparable = System | LayerTrace | SequenceMixer | Mapping[str, LayerTrace]
-Progress = Callable[[int, int, str], None]
-"""Called with (done, total, name of the next part)."""
 
 
 @dataclasses.dataclass(frozen=True)
