@@ -1,6 +1,6 @@
 """Triton kernels for linear recurrences: plain tensors in, plain tensors out.
 
-Imports torch and triton alone. Every kernel has a float64 loop in `reference.py` that defines it.
+Imports torch and triton alone. Every kernel has a float64 loop in `reference/` that defines it.
 """
 
 from dsf_kernels.delta_scan import delta_scan, delta_summary
