@@ -51,7 +51,7 @@ def kernel_gap(r: Recurrence, values: Tensor) -> str:
     return r.A.triton_gap(values.shape[-1], dtype)
 
 
-def decay_gap(A: Any, n_channel: int, dtype: torch.dtype) -> str:
+def decay_gap(A: Any, n_channel: int) -> str:
     """Why the kernels cannot run an identity, scalar or diagonal A; "" when they can."""
     if getattr(A, "phase", None) is not None:
         return "complex decays have no kernel yet"
@@ -60,11 +60,6 @@ def decay_gap(A: Any, n_channel: int, dtype: torch.dtype) -> str:
             return "a matrix state has no kernel for negative decays"
         if max(A.n_state, n_channel) > WIDEST:
             return f"a matrix state may be {WIDEST} x {WIDEST} at most"
-    if n_channel > 1 and A.structure == "diagonal":
-        from dsf_kernels.diagonal_decay_scan import diagonal_decay_gap
-
-        gap = diagonal_decay_gap(dtype, A.n_state, n_channel)
-        return gap and f"the kernel of a decay per state: {gap}"
     return ""
 
 

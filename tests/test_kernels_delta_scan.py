@@ -103,6 +103,10 @@ ON_GPU = cases((0, 1, 2, 15, 16, 17, 257), 16, [(1, 3), (16, 100), (128, 60), (1
         tensors(192, 2, 2, 128, 128, torch.bfloat16, None, strength=strength), torch.bfloat16,
     )
     for strength in (0.0, 1.0, 2.0)
+} | {
+    f"{dtype} state {state} channel {channel}": (tensors(129, 2, 1, state, channel, dtype), dtype)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for state, channel in ((256, 64), (64, 256), (200, 256))
 }  # fmt: skip
 
 
@@ -152,13 +156,13 @@ def test_messages():
     kernel_laws.refuses(delta_scan, tensors(3), ValueError, message, scale=0)
 
 
-def test_refuses_what_no_gpu_was_seen_to_compute(monkeypatch):
+def test_refuses_wider_states(monkeypatch):
     module = importlib.import_module("dsf_kernels.delta_scan")
     monkeypatch.setattr(module, "check_kind", lambda *_: None)  # as if on a GPU
     with pytest.raises(
-        ValueError, match="expected state and channel from 1 to 128, got state=129"
+        ValueError, match="expected state and channel from 1 to 256, got state=257"
     ):
-        module.delta_scan(**tensors(3, state=129))
+        module.delta_scan(**tensors(3, state=257))
 
 
 @pytest.mark.parametrize(

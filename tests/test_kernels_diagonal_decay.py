@@ -90,7 +90,14 @@ ON_GPU = cases((0, 1, 2, 31, 32, 33, 257), 64, [(1, 3), (16, 16)]) | {
     f"torch.bfloat16 state {state} channel {channel}": (
         tensors(129, 2, state, channel, torch.bfloat16, bonus=True), torch.bfloat16,
     )
-    for state, channel in ((1, 3), (16, 16), (60, 100), (64, 64), (100, 60))
+    for state, channel in ((1, 3), (16, 16), (60, 100), (64, 64), (100, 60), (256, 64), (200, 256))
+} | {
+    f"{dtype} state {state} channel {channel}": (tensors(129, 2, state, channel, dtype), dtype)
+    for dtype in (torch.float16, torch.float32)
+    for state, channel in ((1, 3), (17, 20), (64, 64), (60, 100), (128, 128), (256, 256))
+} | {
+    f"torch.float16 decay {name}": (tensors(192, 2, 64, 64, torch.float16, log), torch.float16)
+    for name, log in log_decay_families(192, 64).items()
 }  # fmt: skip
 
 
@@ -124,16 +131,13 @@ def interpret():
 
 
 def on_device_rules(module):
-    """What holds on a GPU alone: other widths are filled up, what is not tested is refused."""
-    module.INTERPRETED, module.MAX_WIDTH = False, 32
+    """Other widths are filled up, on a GPU alone; wider ones are refused."""
+    module.INTERPRETED, module.FILLED = False, 32
     filled = tensors(9, 1, 20, 5, torch.bfloat16, bonus=True)
     found = {"filled up": measure((filled, torch.bfloat16))}
-    wrong = [tensors(3, 1, 17, 4), tensors(3, 1, 33, 4, torch.bfloat16),
-             tensors(3, dtype=torch.float16)]  # fmt: skip
-    for arguments in wrong:
-        with pytest.raises(NotImplementedError, match=r'Use dsf.scan\(backend="chunked"\)'):
-            module.diagonal_decay_scan(**arguments)
-    module.INTERPRETED, module.MAX_WIDTH = True, 128
+    module.INTERPRETED, module.FILLED = True, 128
+    with pytest.raises(NotImplementedError, match=r'Use dsf.scan\(backend="chunked"\)'):
+        module.diagonal_decay_scan(**tensors(3, 1, 257, 4))
     return found
 
 

@@ -74,7 +74,7 @@ class Diagonal(Decay):
         """Real decays have one: elementwise for one channel, a matrix state for several."""
         from dsf.kernel_scans import decay_gap
 
-        return decay_gap(self, n_channel, dtype)
+        return decay_gap(self, n_channel)
 
     def scan_triton(self, B: Any, C: Any, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One fused pass over time."""

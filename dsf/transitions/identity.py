@@ -59,7 +59,7 @@ class Identity(Transition):
         """Real decays of at most 256 states and channels have one."""
         from dsf.kernel_scans import decay_gap
 
-        return decay_gap(self, n_channel, dtype)
+        return decay_gap(self, n_channel)
 
     def scan_triton(self, B: Any, C: Any, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One fused pass over chunks."""

@@ -12,12 +12,12 @@ from dsf_kernels.launch import INTERPRETED, narrow, power_of_two
 
 CHUNK = 64
 EXACT_CHUNK = 16
-SOLVE = {"STEP": 32, "num_warps": 1}
+SOLVE = {"STEP": 64, "num_warps": 1}
 # Slab of channels (gradients: of the state), warps and pipeline stages, by exactness. These were
 # seen right on an H100. ptxas 12.8.93 (in Triton 3.6, 3.7) miscompiles others for sm_90a: forward
 # (SAVE) with slabs of 32 and one stage reads through shared-memory descriptors it never sets,
 # gradients with decays and slabs of 32 read beyond shared memory; 12.9.86 compiles both rightly.
-FORWARD = {False: (64, 4, 2), True: (16, 8, 1)}
+FORWARD = {False: (64, 4, 3), True: (16, 8, 1)}
 REVERSE = {False: (64, 4, 2), True: (16, 8, 1)}
 GRADIENT = {False: (32, 4, 2), True: (16, 8, 1)}
 GATED_GRADIENT = {False: (64, 4, 2), True: (16, 8, 1)}

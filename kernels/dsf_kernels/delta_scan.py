@@ -42,7 +42,7 @@ from dsf_kernels.launch import (
     start_state,
 )
 
-MAX_WIDTH = 128  # wider states were not yet seen right on a GPU
+MAX_WIDTH = 256
 
 
 def _solved(value: Tensor, n_state: int) -> Tensor:
@@ -187,7 +187,7 @@ def delta_scan(
 
     Shapes: query, key (batch, time, group, state) with group dividing head (head k reads group
     k // (head / group)), value (batch, time, head, channel), write_strength, log_decay
-    (batch, time, head), initial_state (batch, head, state, channel); state and channel 1 to 128,
+    (batch, time, head), initial_state (batch, head, state, channel); state and channel 1 to 256,
     time from 0, any strides; bf16, fp16 or fp32, one type for query, key, value. Returns outputs
     like value and the final state in float32. Differentiable in all six tensors.
     Matrix products round their operands to bf16 for bf16 with state and channel from 33 to 128,

@@ -32,7 +32,8 @@ from dsf_kernels.launch import (
     start_state,
 )
 
-MAX_WIDTH = 128
+MAX_WIDTH = 256
+FILLED = 128
 SMALL = 16
 
 
@@ -134,36 +135,33 @@ def _check(function, query, key, value, log_decay, bonus, initial_state):
             f"dsf_kernels.{function}: expected state and channel of 1 at least, got "
             f"state={n_state}, channel={channels}."
         )
-    gap = diagonal_decay_gap(value.dtype, n_state, channels)
+    gap = diagonal_decay_gap(n_state, channels)
     if gap:
         raise NotImplementedError(
             f'dsf_kernels.{function}: value: {gap}. Use dsf.scan(backend="chunked").'
         )
 
 
-def diagonal_decay_gap(dtype: torch.dtype, n_state: int, channels: int) -> str:
-    """Why these sizes cannot run: what no GPU has shown right is refused; "" when they can."""
-    most = {torch.bfloat16: MAX_WIDTH, torch.float32: SMALL}.get(dtype, 0)
-    if INTERPRETED or max(n_state, channels) <= most:
+def diagonal_decay_gap(n_state: int, channels: int) -> str:
+    """Why these sizes cannot run; "" when they can."""
+    if max(n_state, channels) <= MAX_WIDTH:
         return ""
-    return (
-        f"expected bfloat16 with state and channel up to {MAX_WIDTH}, or float32 with both up to "
-        f"{SMALL}, got {dtype}, state={n_state}, channel={channels}"
-    )
+    return f"expected state and channel up to {MAX_WIDTH}, got state={n_state}, channel={channels}"
 
 
 def _run(query, key, value, log_decay, initial, scale):
-    """The operator on widths tested on a GPU: even up to 16, or 128 states and 64, 128 channels.
+    """The operator on widths tested on a GPU.
 
-    Others are filled up with states that are never written or read, and channels of 0.
+    bf16 beyond 16: 128 states and 64 or 128 channels, others are filled up with states that are
+    never written or read, and channels of 0. Other types: even widths.
     """
     n_state, channels = key.shape[3], value.shape[3]
     states, more = n_state % 2, channels % 2
     if INTERPRETED:
         states = more = 0
-    elif max(n_state, channels) > SMALL:
-        states = MAX_WIDTH - n_state
-        more = (MAX_WIDTH // 2 if channels <= MAX_WIDTH // 2 else MAX_WIDTH) - channels
+    elif value.dtype == torch.bfloat16 and SMALL < max(n_state, channels) <= FILLED:
+        states = FILLED - n_state
+        more = (FILLED // 2 if channels <= FILLED // 2 else FILLED) - channels
     if states:
         query, key, log_decay = (pad(t, (0, states)) for t in (query, key, log_decay))
     value = pad(value, (0, more)) if more else value
@@ -210,13 +208,13 @@ def diagonal_decay_scan(
     Shapes: query, key, log_decay (batch, time, head or 1, state), value (batch, time, head,
     channel), bonus (head, state), initial_state (batch, head, state, channel); time from 0, any
     strides (those of bf16 that do not read two states at once are copied);
-    bf16 with state and channel up to 128 (below, beyond 16, they cost as 128 x 64 or 128 x 128),
-    fp32 with both up to 16; one type for query, key, value, any for the others. Returns outputs
+    bf16, fp16 or fp32, one type for query, key, value, any for the others; state and channel 1 to
+    256 (bf16 from 17 to 128: at the cost of 128 x 64 or 128 x 128). Returns outputs
     like value and the final state in float32. Differentiable in all six tensors.
-    Matrix products round their operands to bf16 for bf16, and are exact float32 for fp32;
-    decays, sums and the state are float32.
-    Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor; fp16,
-    or wider than above: not tested on a GPU).
+    Matrix products round their operands to bf16 for bf16 and to tf32 for fp16, and are exact
+    float32 for fp32; decays, sums and the state are float32.
+    Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor;
+    wider than above).
     Cost: time x (4 N P + 128 (7 N + P)) operations a head forward with chunks of 64; memory
     beside the outputs: two of query's size and 64 numbers a token and head, in backward two
     states for 64 tokens too.
