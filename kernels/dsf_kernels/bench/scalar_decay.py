@@ -6,7 +6,7 @@ import importlib
 
 import torch
 
-from dsf_kernels.bench import Case, Work
+from dsf_kernels.bench import UNGUARDED, Case, Work, fla_unguarded
 from dsf_kernels.reference import scalar_decay_scan_reference
 from dsf_kernels.scalar_decay_scan import scalar_decay_scan
 
@@ -39,17 +39,38 @@ def case(dtype: torch.dtype, batch: int, length: int, head: int, state: int, cha
         4 * query_bytes + 3 * value_bytes,
         token * head * (10 * state * channel + 2 * CHUNK * (3 * state + 2 * channel)),
     )
+    peers = _peers(tensors, decay, scale) if group == head else _group_peers(tensors, scale)
+    return Case(
+        lambda *t: scalar_decay_scan(*t, *given, scale=scale)[0], tensors, forward, backward,
+        lambda *t: scalar_decay_scan_reference(*t, *given, scale=scale)[0], draw(2, 257), peers,
+    )  # fmt: skip
+
+
+def _peers(tensors: tuple[torch.Tensor, ...], decay: str | None, scale: float) -> dict:
+    """fla-core, when it is installed."""
     peers = {}
     with contextlib.suppress(ImportError):
         name = PEERS[decay]
         call = getattr(importlib.import_module(f"fla.ops.{name}"), f"chunk_{name}")
         plain = {} if decay else {"normalize": False}
-        if group == head:
-            peers[f"fla chunk_{name}"] = (lambda *t: call(*t, scale=scale, **plain)[0], tensors)
-    return Case(
-        lambda *t: scalar_decay_scan(*t, *given, scale=scale)[0], tensors, forward, backward,
-        lambda *t: scalar_decay_scan_reference(*t, *given, scale=scale)[0], draw(2, 257), peers,
-    )  # fmt: skip
+        told = f" ({UNGUARDED})" if decay == "token" and fla_unguarded(tensors[0].shape[3]) else ""
+        peers[f"fla chunk_{name}{told}"] = (
+            lambda *t: call(*t, scale=scale, **plain)[0], tensors,
+        )  # fmt: skip
+    return peers
+
+
+def _group_peers(tensors: tuple[torch.Tensor, ...], scale: float) -> dict:
+    """mamba-ssm's SSD, when it is installed: its step sizes are our log decays, negated."""
+    peers = {}
+    with contextlib.suppress(ImportError):
+        module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+        scan, (query, key, value, decay) = module.mamba_chunk_scan_combined, tensors
+        rate = -torch.ones(value.shape[2], device="cuda")
+        peers["mamba-ssm SSD, chunk 256"] = (
+            lambda x, dt, B, C: scan(x, dt, rate, B, C, 256), (value, -decay, key, query * scale),
+        )  # fmt: skip
+    return peers
 
 
 BF16 = functools.partial(case, torch.bfloat16)
