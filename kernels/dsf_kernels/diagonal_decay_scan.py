@@ -33,8 +33,6 @@ from dsf_kernels.launch import (
 )
 
 MAX_WIDTH = 256
-FILLED = 128
-SMALL = 16
 
 
 @torch.library.custom_op("dsf::diagonal_decay_scan", mutates_args=())
@@ -150,18 +148,12 @@ def diagonal_decay_gap(n_state: int, channels: int) -> str:
 
 
 def _run(query, key, value, log_decay, initial, scale):
-    """The operator on widths tested on a GPU.
+    """The operator on even widths, as GPU tests have covered.
 
-    bf16 beyond 16: 128 states and 64 or 128 channels, others are filled up with states that are
-    never written or read, and channels of 0. Other types: even widths.
+    An odd one gets a state that is never written or read, or a channel of 0.
     """
     n_state, channels = key.shape[3], value.shape[3]
-    states, more = n_state % 2, channels % 2
-    if INTERPRETED:
-        states = more = 0
-    elif value.dtype == torch.bfloat16 and SMALL < max(n_state, channels) <= FILLED:
-        states = FILLED - n_state
-        more = (FILLED // 2 if channels <= FILLED // 2 else FILLED) - channels
+    states, more = (0, 0) if INTERPRETED else (n_state % 2, channels % 2)
     if states:
         query, key, log_decay = (pad(t, (0, states)) for t in (query, key, log_decay))
     value = pad(value, (0, more)) if more else value
@@ -209,8 +201,8 @@ def diagonal_decay_scan(
     channel), bonus (head, state), initial_state (batch, head, state, channel); time from 0, any
     strides (those of bf16 that do not read two states at once are copied);
     bf16, fp16 or fp32, one type for query, key, value, any for the others; state and channel 1 to
-    256 (bf16 from 17 to 128: at the cost of 128 x 64 or 128 x 128). Returns outputs
-    like value and the final state in float32. Differentiable in all six tensors.
+    256. Returns outputs like value and the final state in float32. Differentiable in all six
+    tensors.
     Matrix products round their operands to bf16 for bf16 and to tf32 for fp16, and are exact
     float32 for fp32; decays, sums and the state are float32.
     Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor;

@@ -1,6 +1,5 @@
 """What is timed: one file per family beside this one, each with its `CASES`."""
 
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,19 +31,3 @@ class Case(NamedTuple):
     short: tuple[Tensor, ...]
     peers: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]
     by_row: bool = False
-
-
-UNGUARDED = "guard off"
-
-
-def fla_unguarded(width: int) -> bool:
-    """Whether fla 0.6.0's refusal of gated gradients on Hopper could be lifted, for a benchmark.
-
-    Its guard is against a wrong compilation that was seen at widths of 33 to 64 alone
-    (flash-linear-attention issue 640). False where there is nothing to lift, or at those widths.
-    """
-    module = importlib.import_module("fla.ops.common.chunk_o")
-    if width <= 64 or not hasattr(module, "TRITON_ABOVE_3_7_1"):
-        return False
-    vars(module)["TRITON_ABOVE_3_7_1"] = True
-    return True

@@ -5,7 +5,7 @@ import importlib
 
 import torch
 
-from dsf_kernels.bench import UNGUARDED, Case, Work, fla_unguarded
+from dsf_kernels.bench import Case, Work
 from dsf_kernels.delta_scan import delta_scan
 from dsf_kernels.reference import delta_scan_reference
 
@@ -40,8 +40,7 @@ def case(batch: int, length: int, head: int, group: int, width: int, gated: int)
     with contextlib.suppress(ImportError):
         if gated:
             peer = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
-            told = f" ({UNGUARDED})" if fla_unguarded(width) else ""
-            peers[f"fla chunk_gated_delta_rule{told}"] = (
+            peers["fla chunk_gated_delta_rule"] = (
                 lambda q, k, v, b, g: peer(q, k, v, g, b, scale=scale)[0], tensors,
             )  # fmt: skip
         elif group == head:

@@ -6,7 +6,7 @@ import importlib
 
 import torch
 
-from dsf_kernels.bench import UNGUARDED, Case, Work, fla_unguarded
+from dsf_kernels.bench import Case, Work
 from dsf_kernels.reference import scalar_decay_scan_reference
 from dsf_kernels.scalar_decay_scan import scalar_decay_scan
 
@@ -53,10 +53,7 @@ def _peers(tensors: tuple[torch.Tensor, ...], decay: str | None, scale: float) -
         name = PEERS[decay]
         call = getattr(importlib.import_module(f"fla.ops.{name}"), f"chunk_{name}")
         plain = {} if decay else {"normalize": False}
-        told = f" ({UNGUARDED})" if decay == "token" and fla_unguarded(tensors[0].shape[3]) else ""
-        peers[f"fla chunk_{name}{told}"] = (
-            lambda *t: call(*t, scale=scale, **plain)[0], tensors,
-        )  # fmt: skip
+        peers[f"fla chunk_{name}"] = (lambda *t: call(*t, scale=scale, **plain)[0], tensors)
     return peers
 
 
