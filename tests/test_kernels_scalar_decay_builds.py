@@ -10,17 +10,28 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 SMALL = {"WIDTH": 64, "HAS_DECAY": True, "FIXED": False, "FULL": True}
 WALK = SMALL | {"SLAB": 64, "HAS_INITIAL": True, "STORE": True, "FINAL": True}
-WALK |= dict.fromkeys(("X_SHARE", "Y_SHARE", "W_SHARE"), 1)
-SHARED = {"WIDTH": 64, "FULL": True, "Q_SHARE": 2, "K_SHARE": 2}
+WALK |= dict.fromkeys(("X_SHARE", "Y_SHARE", "W_SHARE"), 1) | {"table": None}
+SHARED = {"WIDTH": 64, "FULL": True, "Q_SHARE": 2, "K_SHARE": 2, "table": None, "chunks": None}
+SPREAD = {"CHANNELS": 64, "N_SLAB": 64, "P_SLAB": 64, "HEADS": 2}
+ENDS = {"SLAB": 64, "HAS_INITIAL": True, "HAS_FINAL": False}
+
+
+def packed(constants: dict) -> dict:
+    """The same for sequences packed in a row."""
+    return {k: v for k, v in constants.items() if k not in ("table", "chunks")} | {"FULL": False}
+
+
 BUILDS = {  # module, kernel, constants
     "walk": ("chunk_kernel", "chunk_kernel", WALK | {"REVERSE": False}),
     "walk back": ("chunk_kernel", "chunk_kernel", WALK | {"REVERSE": True}),
+    "walk packed": ("chunk_kernel", "chunk_kernel", packed(WALK) | {"REVERSE": False}),
     "short": ("scalar_decay_short", "short_kernel", WALK | {"REVERSE": False}),
-    "states": ("scalar_decay_states", "states_kernel",
-               SHARED | {"SLAB": 64, "HAS_INITIAL": True, "HAS_FINAL": False}),
-    "gradients": ("scalar_decay_adjoint", "gradient_kernel",
-                  SHARED | {"CHANNELS": 64, "N_SLAB": 64, "P_SLAB": 64, "HEADS": 2}),
-}  # fmt: skip
+    "states": ("scalar_decay_states", "states_kernel", SHARED | ENDS),
+    "states packed": ("scalar_decay_states", "states_kernel", packed(SHARED) | ENDS),
+    "gradients": ("scalar_decay_adjoint", "gradient_kernel", SHARED | SPREAD),
+    "gradients packed": ("scalar_decay_adjoint", "gradient_kernel", packed(SHARED) | SPREAD),
+}
+SLOW = ("walk back", "walk packed", "states packed", "gradients packed")
 FLOATS = ("high", "low", "initial", "final", "grad_initial", "grad_final", "dl")
 TENSORS = ("x", "y", "w", "out", "q", "k", "v", "dy", "states", "grads", "dq", "dk", "dv")
 CONTIGUOUS = ("x_w", "y_w", "w_w", "q_w", "k_w", "v_w", "i_p", "f_p")
@@ -34,7 +45,7 @@ def build(name: str, architecture: int, record_property):
     options = {"num_warps": settings.pop("num_warps")}
     fixed = settings | constants | dict.fromkeys(CONTIGUOUS, 1)
     types = dict.fromkeys(TENSORS, "*bf16") | dict.fromkeys(FLOATS, "*fp32")
-    types |= {"scale": "fp32", "initial_scale": "fp32"}
+    types |= {"table": "*i64", "chunks": "*i64", "scale": "fp32", "initial_scale": "fp32"}
     return kernel_laws.build(kernel, architecture, types, fixed, options, record_property)
 
 
@@ -75,7 +86,7 @@ def overtaken(code: str) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n == "walk back" else ()) for n in BUILDS]
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in BUILDS]
 )
 def test_builds_for_hopper(name, record_property):
     built = build(name, 90, record_property)

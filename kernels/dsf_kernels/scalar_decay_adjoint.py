@@ -28,6 +28,7 @@ from dsf_kernels.chunks import chunk_decays, pair_decay, rows
 from dsf_kernels.launch import narrow, power_of_two
 from dsf_kernels.scalar_decay_launch import Decays, Settings
 from dsf_kernels.scalar_decay_states import states_of
+from dsf_kernels.sequences import Sequences
 
 # Of the products' inner axis. Two outputs to a program need fewer loads, but more registers, and
 # with two stages Triton 3.6 then lets a copy overtake the product that still reads its tile.
@@ -130,7 +131,7 @@ def spans(q, k, v, dy, states, grads, out, high, low, first, length, width, chan
 
 @triton.jit(do_not_specialize=["length", "n_chunk"])
 def gradient_kernel(q, k, v, dy, high, low, states, grads, dq, dk, dv, dl,
-                    length, n_chunk, n_head, width, channels, scale,
+                    chunks, length, n_chunk, n_head, width, channels, scale,
                     q_b, q_t, q_h, q_w, k_b, k_t, k_h, k_w, v_b, v_t, v_h, v_w, y_b, y_t, y_h, y_w,
                     Q_SHARE: tl.constexpr, K_SHARE: tl.constexpr, HEADS: tl.constexpr,
                     FULL: tl.constexpr, EXACT: tl.constexpr, COMPUTE: tl.constexpr,
@@ -138,7 +139,9 @@ def gradient_kernel(q, k, v, dy, high, low, states, grads, dq, dk, dv, dl,
                     CHANNELS: tl.constexpr, N_SLAB: tl.constexpr, P_SLAB: tl.constexpr,
                     STAGES: tl.constexpr):  # fmt: skip
     """Programs side by side share a chunk of HEADS heads, so that their tiles meet in the cache:
-    one for dq, one for dk, one a head for dv, one a head for dl."""
+    one for dq, one for dk, one a head for dv, one a head for dl.
+
+    chunks: None, or first token and number of tokens of every chunk of a packed row."""
     TASKS: tl.constexpr = 2 + 2 * HEADS
     n_part = n_head // HEADS
     program = tl.program_id(0).to(tl.int64)
@@ -161,6 +164,17 @@ def gradient_kernel(q, k, v, dy, high, low, states, grads, dq, dk, dv, dl,
     dq += (batch * length * n_part + split) * width
     dk += (batch * length * n_part + split) * width
     dl += lane * length
+    if chunks is not None:
+        shift = tl.load(chunks + 2 * chunk) - first
+        length = first + tl.load(chunks + 2 * chunk + 1).to(tl.int32)
+        q += shift * q_t
+        k += shift * k_t
+        v += shift * v_t
+        dy += shift * y_t
+        dv += shift * n_head * channels
+        dq += shift * step
+        dk += shift * step
+        dl += shift
     size = width * channels
     state_step = n_chunk.to(tl.int64) * size
     if task == 0:
@@ -193,11 +207,12 @@ def heads_together(n_head: int, *groups: int) -> int:
 def adjoint(
     query: Tensor, key: Tensor, value: Tensor, decays: Decays, initial: Tensor | None,
     grad: Tensor, grad_final: Tensor | None, scale: float, settings: Settings,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query and key (one per run of heads), value, log decay, initial state.
 
     Cost: time x (14 N P + 384 (N + P)) operations a head, 2 N P numbers per chunk and head in
-    memory.
+    memory. sequences: of a packed row (batch 1); tokens of none then have gradients 0.
     """
     batch, length, n_head, channels = value.shape
     width, chunk = key.shape[3], settings.CHUNK
@@ -206,21 +221,25 @@ def adjoint(
     final = heads * query.shape[2] == n_head == heads * key.shape[2]
     summed = (batch, length, n_head // heads, width)
     kind = value.dtype if final else torch.float32
-    grad_query, grad_key = (value.new_empty(summed, dtype=kind) for _ in range(2))
-    grad_value = value.new_empty(value.shape)
-    grad_decay = value.new_empty((batch, n_head, length), dtype=torch.float32)
+    new, chunks = value.new_empty, None
+    if sequences is not None:
+        new, n_chunk, chunks = value.new_zeros, sequences.bound, sequences.chunks()
+    grad_query, grad_key = (new(summed, dtype=kind) for _ in range(2))
+    grad_value = new(value.shape)
+    grad_decay = new((batch, n_head, length), dtype=torch.float32)
     wide, broad = power_of_two(width, 16), power_of_two(channels, 16)
     states, grads, grad_initial = states_of(
-        query, key, value, grad, decays, initial, grad_final, scale, settings
+        query, key, value, grad, decays, initial, grad_final, scale, settings, sequences
     )
     inner = settings._asdict() | ({} if settings.EXACT else PART)
     slab = inner.pop("SLAB", PART["SLAB"])
     gradient_kernel[((2 + 2 * heads) * batch * n_chunk * (n_head // heads),)](
         query, key, value, grad, *decays.cumulated, states, grads, grad_query, grad_key,
-        grad_value, grad_decay, length, n_chunk, n_head, width, channels, scale, *query.stride(),
-        *key.stride(), *value.stride(), *grad.stride(), Q_SHARE=n_head // query.shape[2],
-        K_SHARE=n_head // key.shape[2], WIDTH=wide, CHANNELS=broad, HEADS=heads,
-        FULL=length % chunk == 0 and width == wide and channels == broad,
+        grad_value, grad_decay, chunks, length, n_chunk, n_head, width, channels, scale,
+        *query.stride(), *key.stride(), *value.stride(), *grad.stride(),
+        Q_SHARE=n_head // query.shape[2], K_SHARE=n_head // key.shape[2],
+        WIDTH=wide, CHANNELS=broad, HEADS=heads,
+        FULL=length % chunk == 0 and width == wide and channels == broad and sequences is None,
         N_SLAB=min(slab, wide), P_SLAB=min(slab, broad), **inner,
     )  # fmt: skip
     return grad_query, grad_key, grad_value, grad_decay.mT, grad_initial

@@ -14,6 +14,7 @@ from dsf_kernels.combine import product
 from dsf_kernels.exponentials import LN_2
 from dsf_kernels.launch import INTERPRETED, narrow, power_of_two
 from dsf_kernels.scalar_decay_short import short_kernel
+from dsf_kernels.sequences import Sequences
 
 CHUNK, SLAB = 64, 64
 SHORT = 1024  # tokens, and heads times width, up to which a row is short
@@ -49,15 +50,17 @@ def settings_of(dtype: torch.dtype, width: int) -> Settings:
 class Decays:
     """Log decays (batch, time, head) in the two forms that the kernels read."""
 
-    def __init__(self, log_decay: Tensor, chunk: int):
-        self.log_decay, self.chunk = log_decay, chunk
+    def __init__(self, log_decay: Tensor, chunk: int, sequences: Sequences | None = None):
+        self.log_decay, self.chunk, self.sequences = log_decay, chunk, sequences
         same = log_decay.stride(0) == log_decay.stride(1) == 0
         self.fixed = log_decay[0, 0].contiguous() if same else None  # (head,) if one a head
 
     @functools.cached_property
     def cumulated(self) -> tuple[Tensor, Tensor]:
         """Cumulative in each chunk, as a sum of two float32."""
-        return cumulate(self.log_decay, self.chunk)
+        packed = self.sequences
+        log_decay = self.log_decay if packed is None else packed.spread(self.log_decay)
+        return cumulate(log_decay, self.chunk)
 
 
 def slab_of(settings: Settings, width: int, channels: int) -> int:
@@ -148,14 +151,18 @@ def starts_of(x, y, w, settings, scale, segment, *, reverse, decays, initial, fi
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(x, y, w, strides, initial_strides, settings, scale, segment, reverse, short, given):
+def _plan(
+    x, y, w, strides, initial_strides, settings, scale, segment, reverse, short, given, packed
+):
     """Kernel, grid, numbers, constants of a launch on tensors of these shapes and strides, and
-    a place for what was compiled for them."""
+    a place for what was compiled for them. packed: sequences in the row, None for one in each."""
     has_decay, fixed, has_initial, store, final = given
     (batch, length, n_head, channels), width = w, y[3]
     n_head = max(x[2], y[2], n_head)
     wide, slab = power_of_two(width, 16), slab_of(settings, width, channels)
     n_chunk = -(-length // settings.CHUNK)
+    if packed is not None:
+        batch, n_chunk = packed, length // settings.CHUNK + packed
     segment = segment or n_chunk
     tasks = n_chunk + final if short else -(-n_chunk // segment)
     grid = (batch * n_head * -(-channels // slab) * tasks, 1, 1)
@@ -165,16 +172,18 @@ def _plan(x, y, w, strides, initial_strides, settings, scale, segment, reverse, 
         "X_SHARE": n_head // x[2], "Y_SHARE": n_head // y[2], "W_SHARE": n_head // w[2],
         "REVERSE": reverse, "HAS_DECAY": has_decay, "FIXED": fixed, "HAS_INITIAL": has_initial,
         "STORE": store, "FINAL": final, "WIDTH": wide, "SLAB": slab,
-        "FULL": length % settings.CHUNK == 0 and width == wide and channels % slab == 0,
+        "FULL": length % settings.CHUNK == 0 and width == wide and channels % slab == 0
+                and packed is None,
     }  # fmt: skip
     return short_kernel if short else chunk_kernel, grid, numbers, constants, {}
 
 
 def walk(x, y, w, out, settings, scale, segment=0, *, reverse=False, decays=None, initial=None,
-         final=None, short=False):  # fmt: skip
+         final=None, short=False, sequences=None):  # fmt: skip
     """One launch; `out` None: only the last state counts. segment: chunks a program, 0 for all.
 
-    `initial` has an axis more (batch, head, segment, N, P) where the row is split.
+    `initial` has an axis more (batch, head, segment, N, P) where the row is split. sequences: of
+    a packed row, which is not split; `initial` and `final` then have one state for each.
     """
     x, y, w = narrow(x, 1), narrow(y, 1), narrow(w, 1)
     fixed = decays is not None and decays.fixed is not None and not segment
@@ -182,6 +191,7 @@ def walk(x, y, w, out, settings, scale, segment=0, *, reverse=False, decays=None
         x.shape, y.shape, w.shape, (*x.stride(), *y.stride(), *w.stride()), state_strides(initial),
         settings, scale, segment, reverse, short,
         (decays is not None, fixed, initial is not None, out is not None, final is not None),
+        None if sequences is None else sequences.count,
     )  # fmt: skip
     high = low = x
     if fixed:
@@ -189,7 +199,8 @@ def walk(x, y, w, out, settings, scale, segment=0, *, reverse=False, decays=None
     elif decays is not None:
         high, low = decays.cumulated
     tensors = (x, y, w, x if out is None else out, high, low, x if initial is None else initial,
-               x if final is None else final)  # fmt: skip
+               x if final is None else final,
+               None if sequences is None else sequences.table)  # fmt: skip
     start(kernel, grid, tensors, numbers, constants, built)
 
 
@@ -201,7 +212,7 @@ def start(kernel, grid, tensors, numbers, constants, built):
     """
     key = (
         tensors[0].device.index,
-        *[(t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
+        *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
     )
     known = built.get(key)
     if known is None:
@@ -211,8 +222,16 @@ def start(kernel, grid, tensors, numbers, constants, built):
     known[grid](*tensors, *numbers, *[constants[name] for name in named])
 
 
-def run(x, y, w, out, settings, scale, *, reverse=False, decays=None, initial=None, final=None):
-    """out and the last state (`final`, None: not wanted), in the form that the shape calls for."""
+def run(x, y, w, out, settings, scale, *, reverse=False, decays=None, initial=None, final=None,
+        sequences=None):  # fmt: skip
+    """out and the last state (`final`, None: not wanted), in the form that the shape calls for.
+
+    A packed row is always walked: its lengths, which would tell the form, are on the device.
+    """
+    if sequences is not None:
+        walk(x, y, w, out, settings, scale, reverse=reverse, decays=decays, initial=initial,
+             final=final, sequences=sequences)  # fmt: skip
+        return
     n_head = max(x.shape[2], y.shape[2], w.shape[2])
     width, channels = y.shape[3], w.shape[3]
     programs = n_head * -(-channels // slab_of(settings, width, channels))

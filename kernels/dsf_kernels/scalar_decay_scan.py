@@ -34,6 +34,7 @@ from dsf_kernels.operators import operator
 from dsf_kernels.scalar_decay_adjoint import adjoint
 from dsf_kernels.scalar_decay_launch import Decays, run, settings_of, walk
 from dsf_kernels.scalar_decay_spanning import spanning_gradients
+from dsf_kernels.sequences import Sequences, check_sequences, placed
 
 MAX_WIDTH = 256
 PARALLEL, MAX_PARALLEL = (torch.bfloat16,), 128  # where chunks in parallel were checked on a GPU
@@ -41,22 +42,39 @@ PARALLEL, MAX_PARALLEL = (torch.bfloat16,), 128  # where chunks in parallel were
 
 def _run(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, initial: Tensor | None,
-    scale: float,
+    scale: float, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch, length, n_head, channels = value.shape
-    out = value.new_empty(value.shape)
-    if min(batch, length, n_head, channels) == 0:
-        return out, start_state(value, key.shape[3], initial)
-    final = value.new_empty((batch, n_head, key.shape[3], channels), dtype=torch.float32)
+    length, n_head, channels = value.shape[1:]
+    rows = _rows(value, cu_seqlens)
+    out = _results(value, cu_seqlens, value.shape)
+    if min(rows, length, n_head, channels) == 0:
+        return out, start_state(value[:1].expand(rows, -1, -1, -1), key.shape[3], initial)
+    final = value.new_empty((rows, n_head, key.shape[3], channels), dtype=torch.float32)
     settings = settings_of(value.dtype, key.shape[3])
     with on_device(value):
-        decays = None if log_decay is None else Decays(log_decay, settings.CHUNK)
-        run(query, key, value, out, settings, scale, decays=decays, initial=initial, final=final)
+        sequences = _sequences(cu_seqlens, length, settings)
+        decays = None if log_decay is None else Decays(log_decay, settings.CHUNK, sequences)
+        run(query, key, value, out, settings, scale, decays=decays, initial=initial, final=final,
+            sequences=sequences)  # fmt: skip
     return out, final
 
 
-def _fake(query, key, value, log_decay, initial, scale):
-    shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
+def _rows(value, cu_seqlens):
+    """How many states there are a head: rows of the batch, or sequences of a packed one."""
+    return value.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _results(value, cu_seqlens, shape):
+    """Where results of the type of `value` go: zeros if tokens may belong to no sequence."""
+    return value.new_empty(shape) if cu_seqlens is None else value.new_zeros(shape)
+
+
+def _sequences(cu_seqlens, length, settings):
+    return None if cu_seqlens is None else Sequences(cu_seqlens, length, settings.CHUNK)
+
+
+def _fake(query, key, value, log_decay, initial, scale, cu_seqlens=None):
+    shape = (_rows(value, cu_seqlens), value.shape[2], key.shape[3], value.shape[3])
     out = value.new_empty(value.shape)
     return out, value.new_empty(shape, dtype=torch.float32)
 
@@ -64,10 +82,11 @@ def _fake(query, key, value, log_decay, initial, scale):
 def _run_adjoint(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, initial: Tensor | None,
     grad: Tensor, grad_final: Tensor | None, scale: float, decay_grad: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, length, n_head, channels = value.shape
-    n_state = key.shape[3]
-    if min(batch, length, n_head, channels) == 0:
+    n_state, n_rows = key.shape[3], _rows(value, cu_seqlens)
+    if min(n_rows, length, n_head, channels) == 0:
         zeros = torch.zeros(query.shape).to(query), torch.zeros(key.shape).to(key)
         rows = length if decay_grad else 0
         grad_decay = value.new_zeros((batch, rows, n_head), dtype=torch.float32)
@@ -75,18 +94,19 @@ def _run_adjoint(
             *zeros,
             value.new_zeros(value.shape),
             grad_decay,
-            start_state(value, n_state, grad_final),
+            start_state(value[:1].expand(n_rows, -1, -1, -1), n_state, grad_final),
         )
     settings = settings_of(value.dtype, max(n_state, channels))
     shared = min(query.shape[2], key.shape[2]) < n_head
     parallel = value.dtype in PARALLEL and max(n_state, channels) <= MAX_PARALLEL
     with on_device(value):
-        decays = None if log_decay is None else Decays(log_decay, settings.CHUNK)
+        sequences = _sequences(cu_seqlens, length, settings)
+        decays = None if log_decay is None else Decays(log_decay, settings.CHUNK, sequences)
         arguments = (query, key, value, decays, initial, grad, grad_final, scale)
         if decays is not None and parallel and (decay_grad or shared):
-            grads = adjoint(*arguments, settings)
+            grads = adjoint(*arguments, settings, sequences)
         else:
-            grads = _serial_adjoint(*arguments, decay_grad, settings)
+            grads = _serial_adjoint(*arguments, decay_grad, settings, sequences)
     grad_query, grad_key, grad_value, grad_decay, grad_initial = grads
     grad_query, grad_key = over_groups(grad_query, query), over_groups(grad_key, key)
     if grad_decay is None or not decay_grad:
@@ -95,37 +115,43 @@ def _run_adjoint(
 
 
 def _serial_adjoint(
-    query, key, value, decays, initial, grad, grad_final, scale, decay_grad, settings
+    query, key, value, decays, initial, grad, grad_final, scale, decay_grad, settings, sequences
 ):
     """Gradients by the forward kernel, three times: nothing in memory but the results."""
+    options = {"decays": decays, "sequences": sequences}
     batch, length, n_head, channels = value.shape
     wide = (batch, length, n_head, key.shape[3])
     grad_decay = None
     if decay_grad:
         grad_query, grad_key, grad_decay = spanning_gradients(
-            query, key, value, decays, initial, grad, grad_final, scale, settings
+            query, key, value, decays, initial, grad, grad_final, scale, settings, sequences
         )
     else:
-        grad_query, grad_key = value.new_empty(wide), value.new_empty(wide)
+        grad_query, grad_key = (_results(value, sequences, wide) for _ in range(2))
         flipped, flipped_final = (None if t is None else t.mT for t in (initial, grad_final))
-        run(grad, value, key, grad_query, settings, scale, decays=decays, initial=flipped)
-        run(value, grad, query, grad_key, settings, scale, decays=decays, initial=flipped_final,
-            reverse=True)  # fmt: skip
-    grad_value = value.new_empty(value.shape)
-    grad_initial = value.new_empty((batch, n_head, wide[3], channels), dtype=torch.float32)
-    run(key, query, grad, grad_value, settings, scale, decays=decays, initial=grad_final,
-        final=grad_initial, reverse=True)  # fmt: skip
+        run(grad, value, key, grad_query, settings, scale, initial=flipped, **options)
+        run(value, grad, query, grad_key, settings, scale, initial=flipped_final, reverse=True,
+            **options)  # fmt: skip
+    grad_value = _results(value, sequences, value.shape)
+    rows = batch if sequences is None else sequences.count
+    grad_initial = value.new_empty((rows, n_head, wide[3], channels), dtype=torch.float32)
+    run(key, query, grad, grad_value, settings, scale, initial=grad_final, final=grad_initial,
+        reverse=True, **options)  # fmt: skip
     return grad_query, grad_key, grad_value, grad_decay, grad_initial
 
 
-def _fake_adjoint(query, key, value, log_decay, initial, grad, grad_final, scale, decay_grad):
+def _fake_adjoint(
+    query, key, value, log_decay, initial, grad, grad_final, scale, decay_grad, cu_seqlens=None
+):
     batch, length, n_head, channels = value.shape
     return (
         torch.empty(query.shape, dtype=query.dtype, device=query.device),
         torch.empty(key.shape, dtype=key.dtype, device=key.device),
         value.new_empty(value.shape),
         value.new_empty((batch, length if decay_grad else 0, n_head), dtype=torch.float32),
-        value.new_empty((batch, n_head, key.shape[3], channels), dtype=torch.float32),
+        value.new_empty(
+            (_rows(value, cu_seqlens), n_head, key.shape[3], channels), dtype=torch.float32
+        ),
     )
 
 
@@ -133,14 +159,15 @@ _adjoint = operator("scalar_decay_scan_adjoint", _run_adjoint, _fake_adjoint)
 
 
 def _backward(ctx, grad, grad_final):
-    query, key, value, log_decay, initial = ctx.saved_tensors
+    query, key, value, log_decay, initial, *packed = ctx.saved_tensors
     wanted = log_decay is not None and ctx.needs_input_grad[3]
     grad = torch.zeros_like(value) if grad is None else grad
     *grads, grad_decay, grad_initial = _adjoint(
-        query, key, value, log_decay, initial, grad, grad_final, ctx.rest[0], wanted
+        query, key, value, log_decay, initial, grad, grad_final, ctx.rest[0], wanted, *packed
     )
     grad_decay = grad_decay.to(log_decay.dtype) if wanted else None
-    return *grads, grad_decay, None if initial is None else grad_initial.to(initial.dtype), None
+    grad_initial = None if initial is None else grad_initial.to(initial.dtype)
+    return *grads, grad_decay, grad_initial, None, None
 
 
 _forward = operator("scalar_decay_scan", _run, _fake, _backward)
@@ -154,9 +181,9 @@ class _Seen(NamedTuple):
     device: torch.device
 
 
-def _checked(function, query, key, value, log_decay, initial_state):
+def _checked(function, query, key, value, log_decay, initial_state, cu_seqlens=None):
     """Raise on wrong kinds and shapes; the log decay as (batch, time, head)."""
-    tensors = (query, key, value, log_decay, initial_state)
+    tensors = (query, key, value, log_decay, initial_state, cu_seqlens)
     seen = (None if t is None else _Seen(t.shape, t.dtype, t.device) for t in tensors)
     check = _check.__wrapped__ if torch.compiler.is_compiling() else _check
     check(function, *seen)
@@ -166,11 +193,15 @@ def _checked(function, query, key, value, log_decay, initial_state):
 
 
 @functools.lru_cache(maxsize=1024)
-def _check(function, query, key, value, log_decay, initial_state):
+def _check(function, query, key, value, log_decay, initial_state, cu_seqlens):
     names = {"value": value, "query": query, "key": key, "log_decay": log_decay,
              "initial_state": initial_state}  # fmt: skip
     check_kind(function, names)
-    check_matrix_state(function, query, key, value, initial_state, MAX_WIDTH)
+    whole = initial_state if cu_seqlens is None else None
+    check_matrix_state(function, query, key, value, whole, MAX_WIDTH)
+    if cu_seqlens is not None:
+        sizes = {"head": value.shape[2], "state": key.shape[3], "channel": value.shape[3]}
+        check_sequences(function, cu_seqlens, value, initial_state, sizes)
     if log_decay is not None:
         sizes = dict(zip(("batch", "time", "head"), value.shape, strict=False))
         sizes = {"head": sizes["head"]} if len(log_decay.shape) == 1 else sizes
@@ -185,6 +216,7 @@ def scalar_decay_scan(
     initial_state: Tensor | None = None,
     *,
     scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs, and the last state, of a matrix state under one decay per head.
 
@@ -192,6 +224,14 @@ def scalar_decay_scan(
     u = `value`, l = `log_decay` <= 0 (-inf resets exactly; None: no decay; one number per head:
     fixed), h_0 = `initial_state` (zero when None). Covers linear attention, RetNet, simple GLA,
     Mamba-2.
+
+    cu_seqlens (n + 1,), int32 or int64: n sequences packed along time in one row (batch 1), tokens
+    cu_seqlens[s] .. cu_seqlens[s + 1] - 1 those of s; each starts from its own initial_state (n,
+    head, state, channel), and the final states are (n, head, state, channel). It starts at 0, ends
+    at time and does not decrease (an empty sequence is legal): ValueError where it lies on the
+    CPU. On a GPU its values are not looked at, so that the host does not wait: they are clamped to
+    0 .. time and made not to decrease, and a token of no sequence gives 0. Packed rows are walked,
+    each sequence by programs of its own.
 
     Shapes: query, key (batch, time, group, state) with group dividing head (head k reads group
     k // (head / group)), value (batch, time, head, channel), log_decay (batch, time, head) or
@@ -210,8 +250,12 @@ def scalar_decay_scan(
     measured figures in kernels/README.md.
     """
     check_scale("scalar_decay_scan", scale)
-    log_decay = _checked("scalar_decay_scan", query, key, value, log_decay, initial_state)
-    return _forward(query, key, value, log_decay, initial_state, float(scale))
+    tensors = (query, key, value, log_decay, initial_state)
+    log_decay = _checked("scalar_decay_scan", *tensors, cu_seqlens)
+    if cu_seqlens is None:
+        return _forward(query, key, value, log_decay, initial_state, float(scale))
+    cu_seqlens = placed("scalar_decay_scan", cu_seqlens, value)
+    return _forward(query, key, value, log_decay, initial_state, float(scale), cu_seqlens)
 
 
 def scalar_decay_summary(

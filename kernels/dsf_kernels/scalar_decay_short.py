@@ -11,7 +11,7 @@ from dsf_kernels.chunks import cells, chunk_decays, entering, pair_decay, rows
 
 
 @triton.jit(do_not_specialize=["length", "n_chunk", "segment"])
-def short_kernel(x, y, w, out, high, low, initial, final,
+def short_kernel(x, y, w, out, high, low, initial, final, table,
                  length, n_chunk, segment, n_head, width, channels, scale, initial_scale,
                  x_b, x_t, x_h, x_w, y_b, y_t, y_h, y_w, w_b, w_t, w_h, w_w,
                  i_b, i_h, i_s, i_n, i_p,
@@ -21,7 +21,7 @@ def short_kernel(x, y, w, out, high, low, initial, final,
                  FULL: tl.constexpr, EXACT: tl.constexpr,
                  COMPUTE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
                  WIDTH: tl.constexpr, SLAB: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Arguments as chunk_kernel, segment unused; FINAL: one program more, for the last state."""
+    """Arguments as chunk_kernel, segment and table unused; FINAL: one program more, the last."""
     n_task = n_chunk + 1 if FINAL else n_chunk
     n_slab = tl.cdiv(channels, SLAB)
     program = tl.program_id(0).to(tl.int64)

@@ -14,7 +14,7 @@ SLAB = 64
 
 
 @triton.jit(do_not_specialize=["length", "n_chunk"])
-def spanning_kernel(x, y, w, extra, out, high, low, initial, saved, share,
+def spanning_kernel(x, y, w, extra, out, high, low, initial, saved, share, table,
                     length, n_chunk, n_head, width, channels, scale, initial_scale,
                     x_b, x_t, x_h, x_w, y_b, y_t, y_h, y_w, w_b, w_t, w_h, w_w,
                     e_b, e_t, e_h, e_w, i_b, i_h, i_n, i_p,
@@ -22,18 +22,36 @@ def spanning_kernel(x, y, w, extra, out, high, low, initial, saved, share,
                     HAS_INITIAL: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr,
                     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
                     WIDTH: tl.constexpr, SLAB: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """`extra` is what dots with `out`, `saved` the state before each chunk."""
+    """`extra`: dots with `out`; `saved`: the state before each chunk; table: see chunk_kernel."""
     n_slab = tl.cdiv(channels, SLAB)
     slab, lane, batch, head, offset = owned(n_slab, n_head, SLAB)
-    x += batch * x_b + head * x_h
-    y += batch * y_b + head * y_h
-    w += batch * w_b + head // W_SHARE * w_h
-    extra += batch * e_b + head // E_SHARE * e_h
-    out += (batch * length * n_head + head) * channels
+    line = batch
+    if table is not None:
+        line, lane = 0, head
+    x += line * x_b + head * x_h
+    y += line * y_b + head * y_h
+    w += line * w_b + head // W_SHARE * w_h
+    extra += line * e_b + head // E_SHARE * e_h
+    out += (line * length * n_head + head) * channels
     high += lane * n_chunk * CHUNK
     low += lane * n_chunk * CHUNK
-    share += (slab * (tl.num_programs(0) // n_slab) + lane) * n_chunk * CHUNK
+    n_lane = tl.num_programs(0) // n_slab if table is None else n_head
+    share += (slab * n_lane + lane) * n_chunk * CHUNK
     saved += lane * n_chunk * width * channels
+    if table is not None:
+        table += 2 * batch
+        begin, skipped = tl.load(table), tl.load(table + 1)
+        x += begin * x_t
+        y += begin * y_t
+        w += begin * w_t
+        extra += begin * e_t
+        out += begin * n_head * channels
+        high += skipped * CHUNK
+        low += skipped * CHUNK
+        share += skipped * CHUNK
+        saved += skipped * width * channels
+        length = (tl.load(table + 2) - begin).to(tl.int32)
+        n_chunk = tl.cdiv(length, CHUNK)
     row, column, inside = cells(offset, width, channels, FULL, WIDTH, SLAB)
     initial += batch * i_b + head * i_h
     h = entering(initial, row, column, inside, i_n, i_p, HAS_INITIAL)
@@ -77,31 +95,43 @@ def spanning_kernel(x, y, w, extra, out, high, low, initial, saved, share,
         h = tl.dot(tl.trans(ys), written, h * whole, input_precision=PRECISION)
 
 
-def spanning_gradients(query, key, value, decays, initial, grad, grad_final, scale, settings):
+def spanning_gradients(
+    query, key, value, decays, initial, grad, grad_final, scale, settings, sequences=None
+):
     """Gradients of query and key, one per head, and of the log decay (batch, time, head).
 
+    sequences: of a packed row (batch 1); tokens of none then have gradients 0.
     Cost: twice chunk_kernel's and N P numbers per chunk and head in memory.
     """
     batch, length, n_head, channels = value.shape
     n_state, chunk = key.shape[3], settings.CHUNK
     n_chunk, slab = -(-length // chunk), min(SLAB, power_of_two(n_state, 16))
+    rows, table, empty = batch, None, torch.empty
+    if sequences is not None:
+        rows, n_chunk, table = sequences.count, sequences.bound, sequences.table
+        empty = torch.zeros
     wide, n_slab = power_of_two(channels, 16), -(-n_state // slab)
     query, key, value, grad = (narrow(t, 1) for t in (query, key, value, grad))
     kept = torch.float32 if value.dtype == torch.float16 else value.dtype
     saved = value.new_empty((batch, n_head, n_chunk, channels, n_state), dtype=kept)
     shares = value.new_empty((2, n_slab, batch, n_head, n_chunk * chunk), dtype=torch.float32)
-    grads = [value.new_empty((batch, length, n_head, n_state)) for _ in range(2)]
+    shape = (batch, length, n_head, n_state)
+    grads = [empty(shape, dtype=value.dtype, device=value.device) for _ in range(2)]
     passes = ((grad, value, key, query, initial), (value, grad, query, key, grad_final))
     for reverse, (x, y, w, extra, state) in enumerate(passes):
         state = None if state is None else state.mT
-        spanning_kernel[(batch * n_head * n_slab,)](
+        spanning_kernel[(rows * n_head * n_slab,)](
             x, y, w, extra, grads[reverse], *decays.cumulated, x if state is None else state,
-            saved, shares[reverse], length, n_chunk, n_head, channels, n_state, scale,
+            saved, shares[reverse], table, length, n_chunk, n_head, channels, n_state, scale,
             1.0 / scale if reverse else 1.0, *x.stride(), *y.stride(), *w.stride(),
             *extra.stride(), *((0, 0, 0, 0) if state is None else state.stride()),
             W_SHARE=n_head // w.shape[2], E_SHARE=n_head // extra.shape[2],
             REVERSE=bool(reverse), HAS_INITIAL=state is not None, WIDTH=wide, SLAB=slab,
-            FULL=length % chunk == 0 and channels == wide and n_state % slab == 0,
+            FULL=length % chunk == 0 and channels == wide and n_state % slab == 0
+            and sequences is None,
             **settings._asdict() | {"STAGES": 1},
         )  # fmt: skip
-    return *grads, shares.sum((0, 1))[:, :, :length].mT.contiguous()
+    grad_decay = shares.sum((0, 1)).mT
+    if sequences is not None:
+        return *grads, sequences.gather(grad_decay)
+    return *grads, grad_decay[:, :length].contiguous()

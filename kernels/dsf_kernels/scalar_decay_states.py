@@ -8,6 +8,7 @@ from torch import Tensor
 from dsf_kernels.chunks import cells, chunk_decays, entering, rows
 from dsf_kernels.launch import power_of_two
 from dsf_kernels.scalar_decay_launch import Decays, Settings, form_of, starts_of, state_strides
+from dsf_kernels.sequences import Sequences
 
 WALK = {"SLAB": 64, "STAGES": 2, "num_warps": 4}  # channels whose state a program holds, ...
 
@@ -43,14 +44,17 @@ def record(x, w, high, low, first_state, last_state, states, length, begin, stop
 
 @triton.jit(do_not_specialize=["length", "n_chunk", "segment"])
 def states_kernel(q, k, v, dy, high, low, initial, grad_final, states, grads, grad_initial,
-                  length, n_chunk, segment, n_head, width, channels, scale,
+                  table, length, n_chunk, segment, n_head, width, channels, scale,
                   q_b, q_t, q_h, q_w, k_b, k_t, k_h, k_w, v_b, v_t, v_h, v_w,
                   y_b, y_t, y_h, y_w, i_b, i_h, i_s, i_n, i_p, f_b, f_h, f_s, f_n, f_p,
                   Q_SHARE: tl.constexpr, K_SHARE: tl.constexpr, HAS_INITIAL: tl.constexpr,
                   HAS_FINAL: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr,
                   COMPUTE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
                   WIDTH: tl.constexpr, SLAB: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """States at the chunks' starts (even programs), their gradients at the ends (odd ones)."""
+    """States at the chunks' starts (even programs), their gradients at the ends (odd ones).
+
+    table: see chunk_kernel.
+    """
     n_slab, n_segment = tl.cdiv(channels, SLAB), tl.cdiv(n_chunk, segment)
     program = tl.program_id(0).to(tl.int64)
     reverse, program = program % 2, program // 2
@@ -59,17 +63,27 @@ def states_kernel(q, k, v, dy, high, low, initial, grad_final, states, grads, gr
     begin = piece * segment
     stop = tl.minimum(begin + segment, n_chunk)
     batch, head = lane // n_head, lane % n_head
-    high += lane * n_chunk * CHUNK
-    low += lane * n_chunk * CHUNK
-    before = lane * n_chunk * width * channels
+    line, chunks = batch, lane * n_chunk
+    if table is not None:
+        table += 2 * batch
+        line, chunks, start = 0, head * n_chunk + tl.load(table + 1), tl.load(table)
+        length = (tl.load(table + 2) - start).to(tl.int32)
+        stop = tl.cdiv(length, CHUNK)
+        q += start * q_t
+        k += start * k_t
+        v += start * v_t
+        dy += start * y_t
+    high += chunks * CHUNK
+    low += chunks * CHUNK
+    before = chunks * width * channels
     if reverse == 0:
-        record(k + batch * k_b + head // K_SHARE * k_h, v + batch * v_b + head * v_h, high, low,
+        record(k + line * k_b + head // K_SHARE * k_h, v + line * v_b + head * v_h, high, low,
                initial + batch * i_b + head * i_h + piece * i_s, grad_initial, states + before,
                length, begin, stop, width, channels, offset, 1.0, k_t, k_w, v_t, v_w, i_n, i_p,
                False, HAS_INITIAL, FULL, EXACT, COMPUTE, PRECISION, CHUNK, WIDTH, SLAB,
                STAGES)  # fmt: skip
     else:
-        record(q + batch * q_b + head // Q_SHARE * q_h, dy + batch * y_b + head * y_h, high, low,
+        record(q + line * q_b + head // Q_SHARE * q_h, dy + line * y_b + head * y_h, high, low,
                grad_final + batch * f_b + head * f_h + piece * f_s,
                grad_initial + lane * width * channels, grads + before, length, begin, stop, width,
                channels, offset, scale, q_t, q_w, y_t, y_w, f_n, f_p, True, HAS_FINAL,
@@ -79,6 +93,7 @@ def states_kernel(q, k, v, dy, high, low, initial, grad_final, states, grads, gr
 def states_of(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, decays: Decays,
     initial: Tensor | None, grad_final: Tensor | None, scale: float, settings: Settings,
+    sequences: Sequences | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """States before each chunk, gradients of those after it over `scale` (batch, head, chunk, N,
     P), both in the type of the products, and the gradient of the initial state."""
@@ -89,6 +104,9 @@ def states_of(
     walking = walking | {"SLAB": min(WALK["SLAB"], power_of_two(channels, 16))}
     n_slab = -(-channels // walking["SLAB"])
     _, segment = form_of(length, n_head * n_slab, width, settings)
+    rows, table = batch, None
+    if sequences is not None:
+        rows, n_chunk, segment, table = sequences.count, sequences.bound, 0, sequences.table
     if segment:
         initial, _ = starts_of(key, key, value, settings, 1.0, segment, reverse=False,
                                decays=decays, initial=initial)  # fmt: skip
@@ -97,15 +115,16 @@ def states_of(
     segment = segment or n_chunk
     kept = torch.float32 if value.dtype == torch.float16 else value.dtype
     states, grads = value.new_empty((2, batch, n_head, n_chunk, width, channels), dtype=kept)
-    grad_initial = value.new_empty((batch, n_head, width, channels), dtype=torch.float32)
-    states_kernel[(2 * batch * n_head * n_slab * -(-n_chunk // segment),)](
+    grad_initial = value.new_empty((rows, n_head, width, channels), dtype=torch.float32)
+    states_kernel[(2 * rows * n_head * n_slab * -(-n_chunk // segment),)](
         query, key, value, grad, *decays.cumulated, value if initial is None else initial,
-        value if grad_final is None else grad_final, states, grads, grad_initial, length, n_chunk,
-        segment, n_head, width, channels, scale, *query.stride(), *key.stride(), *value.stride(),
-        *grad.stride(), *state_strides(initial), *state_strides(grad_final),
+        value if grad_final is None else grad_final, states, grads, grad_initial, table,
+        length, n_chunk, segment, n_head, width, channels, scale, *query.stride(), *key.stride(),
+        *value.stride(), *grad.stride(), *state_strides(initial), *state_strides(grad_final),
         Q_SHARE=n_head // query.shape[2], K_SHARE=n_head // key.shape[2],
         HAS_INITIAL=initial is not None,
         HAS_FINAL=grad_final is not None, WIDTH=wide,
-        FULL=length % chunk == 0 and width == wide and channels % walking["SLAB"] == 0, **walking,
+        FULL=length % chunk == 0 and width == wide and channels % walking["SLAB"] == 0
+        and sequences is None, **walking,
     )  # fmt: skip
     return states, grads, grad_initial

@@ -1,10 +1,12 @@
 """The loop of `scalar_decay_scan`."""
 
+import itertools
+
 import torch
 
 
 def scalar_decay_scan_reference(
-    query, key, value, log_decay=None, initial_state=None, *, scale=1.0
+    query, key, value, log_decay=None, initial_state=None, *, scale=1.0, cu_seqlens=None
 ):
     """Outputs of h_t = a_t h_{t-1} + B_t u_t, y_t = scale C_t h_t, step by step in float64.
 
@@ -12,7 +14,21 @@ def scalar_decay_scan_reference(
     value (u): (batch, time, head, P); log_decay: (batch, time, head), (head,) or None for a = 1;
     initial_state: (batch, head, N, P) or None for zero. Returns outputs (batch, time, head, P)
     and the final state (batch, head, N, P). Differentiable. Cost: L steps of N P per head.
+    cu_seqlens: where the sequences of a row (batch 1) start, and its length; then a loop for each,
+    with initial_state and final state (sequence, head, N, P).
     """
+    if cu_seqlens is not None:
+        parts = []
+        for s, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            tensors = [t[:, start:stop] for t in (query, key, value)]
+            decay = log_decay
+            if decay is not None and decay.dim() == 3:
+                decay = decay[:, start:stop]
+            tensors.append(decay)
+            tensors.append(None if initial_state is None else initial_state[s : s + 1])
+            parts.append(scalar_decay_scan_reference(*tensors, scale=scale))
+        outputs, states = zip(*parts, strict=True)
+        return torch.cat(outputs, 1), torch.cat(states)
     query, key, value = query.double(), key.double(), value.double()
     batch, length, head, n_channel = value.shape
     query = query.repeat_interleave(head // query.shape[2], 2)
