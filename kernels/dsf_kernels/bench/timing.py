@@ -111,7 +111,8 @@ def worst_units(case: Case) -> float:
         leaves = [change(t).detach().requires_grad_() for t in tensors]
         y = function(*leaves)
         ones = torch.ones_like(y)
-        results.append([y.detach(), *torch.autograd.grad(y, leaves, ones)])
+        gradients = torch.autograd.grad(y, leaves, ones) if y.requires_grad else ()
+        results.append([y.detach(), *gradients])
     worst = 0.0
     for found, true, size in zip(*results, strict=True):
         if case.by_row:

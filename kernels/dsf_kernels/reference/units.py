@@ -39,21 +39,24 @@ def _worst(value, true, unit):
     return float(ratio.max()) if ratio.numel() else 0.0
 
 
-def error_units(kernel, reference, tensors, logs=(), *, unit=2.0**-24, seed=0, **options):
+def error_units(
+    kernel, reference, tensors, logs=(), *, unit=2.0**-24, seed=0, bound=None, **options
+):
     """Largest error of a kernel's outputs and of every gradient: {name: units}.
 
     units = (|kernel - reference| - half an ulp of the result's type) / (unit * M), elementwise,
     with M the reference run on absolute values (of all but the tensors named in `logs`, which are
     logarithms already), gradients likewise; `unit` is the unit round-off of the coarsest type
     that operands are rounded to. `tensors`: {argument: tensor or None}, of unit size: differences
-    below 2^-120 are float32 underflow and count 0. A non-finite result gives inf.
+    below 2^-120 are float32 underflow and count 0. A non-finite result gives inf. bound: the loop
+    that gives M where `reference` subtracts; its terms must only add.
     """
     found, exact, grads = _found(kernel, tensors, seed, options)
     truth = _run(reference, exact, grads, options)
     size = {k: v if v is None or k in logs else v.abs() for k, v in exact.items()}
-    bound = _run(reference, size, [g.abs() for g in grads], options)
+    most = _run(bound or reference, size, [g.abs() for g in grads], options)
     return {
-        name: _worst(value, truth[name], unit * bound[name].abs()) for name, value in found.items()
+        name: _worst(value, truth[name], unit * most[name].abs()) for name, value in found.items()
     }
 
 
