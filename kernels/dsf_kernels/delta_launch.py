@@ -12,12 +12,13 @@ from dsf_kernels.launch import INTERPRETED, narrow, power_of_two
 
 CHUNK = 64
 EXACT_CHUNK = 16
+MULTIPROCESSORS = 132  # of an H100 or H200
 SOLVE = {"STEP": 64, "num_warps": 1}
 # Slab of channels (gradients: of the state), warps and pipeline stages, by exactness. These were
 # seen right on an H100. ptxas 12.8.93 (in Triton 3.6, 3.7) miscompiles others for sm_90a: forward
 # (SAVE) with slabs of 32 and one stage reads through shared-memory descriptors it never sets,
 # gradients with decays and slabs of 32 read beyond shared memory; 12.9.86 compiles both rightly.
-FORWARD = {False: (64, 4, 3), True: (16, 8, 1)}
+FORWARD = {False: (64, 4, 2), True: (16, 8, 1)}
 REVERSE = {False: (64, 4, 2), True: (16, 8, 1)}
 GRADIENT = {False: (32, 4, 2), True: (16, 8, 1)}
 GATED_GRADIENT = {False: (64, 4, 2), True: (16, 8, 1)}
@@ -90,9 +91,11 @@ class Plan:
     def forward(self, query, key, value, scale, initial, out=None, saved=None, final=None):
         query, key, value = (narrow(t, 1) for t in (query, key, value))
         tile = _tile(FORWARD, self.settings, self.channels)
+        n_slab = -(-self.channels // tile["SLAB"])
+        if not self.settings["EXACT"] and self.batch * self.head * n_slab <= MULTIPROCESSORS:
+            tile["STAGES"] = 3  # one program a multiprocessor: room for a deeper pipeline
         states, written = (key, key) if saved is None else saved
         strides = (0, 0, 0, 0) if initial is None else initial.stride()
-        n_slab = -(-self.channels // tile["SLAB"])
         forward_kernel[(self.batch * self.head * n_slab,)](
             query, key, value, self.strength, self.solved, key if out is None else out,
             *self.decays, key if initial is None else initial, key if final is None else final,
