@@ -44,7 +44,7 @@ def kernel_gap(r: Recurrence, values: Tensor) -> str:
     if is_traced() and not torch.compiler.is_compiling():
         return "the kernels have no rule for vmap and the transforms of torch.func"
     dtype = kernel_dtype(values, *(x for x in (r.B, r.C) if isinstance(x, Tensor)))
-    if dtype not in TYPES:
+    if dtype not in TYPES and not (dtype == torch.complex64 and r.A.is_complex):
         return f"the kernels read {', '.join(str(t) for t in TYPES)}, not {dtype}"
     if (r.n_input, r.n_output) != (1, 1):
         return f"the kernels have one input and output a head, not {r.n_input} and {r.n_output}"
@@ -54,7 +54,12 @@ def kernel_gap(r: Recurrence, values: Tensor) -> str:
 def decay_gap(A: Any, n_channel: int) -> str:
     """Why the kernels cannot run an identity, scalar or diagonal A; "" when they can."""
     if getattr(A, "phase", None) is not None:
-        return "complex decays have no kernel yet"
+        if A.structure != "diagonal" or n_channel > 1 or A.sign is not None:
+            return (
+                "complex decays have a kernel for diagonal A without signs and one channel alone"
+            )
+        wide = torch.float64 in (A.log_decay.dtype, A.phase.dtype)
+        return "the kernel of complex decays reads them in float32" if wide else ""
     if n_channel > 1 or A.structure != "diagonal":
         if getattr(A, "sign", None) is not None:
             return "a matrix state has no kernel for negative decays"
@@ -80,6 +85,8 @@ def scan_diagonal(
     A: Diagonal, B: Tensor, C: Tensor, values: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same for one decay a state; with one channel a head each state is scanned by itself."""
+    if A.phase is not None:
+        return _scan_complex(A, B, C, values, state)
     batch, length, n_head, _, n_channel = values.shape
     shape = (batch, length, n_head, A.n_state)
     if n_channel > 1:
@@ -96,6 +103,23 @@ def scan_diagonal(
     start = state.squeeze(3).float()
     h, last = diagonal_scan(decay.expand(shape), write, start, log=A.sign is None)
     return C @ h[..., None], last[..., None]
+
+
+def _scan_complex(
+    A: Diagonal, B: Tensor, C: Tensor, values: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for complex decays and one channel a head, in complex64."""
+    from dsf_kernels.diagonal_complex import complex_diagonal_scan
+
+    assert A.phase is not None
+    shape = (*values.shape[:3], A.n_state)
+    write = (B.squeeze(4) * values.squeeze(3)).expand(shape).to(torch.complex64)
+    log_modulus, phase = (
+        x.float().expand(-1, -1, shape[2], -1).flatten(2) for x in (A.log_decay, A.phase)
+    )
+    start = state.squeeze(3).to(torch.complex64).flatten(1)
+    h, last = complex_diagonal_scan(log_modulus, phase, write.flatten(2), start)
+    return C.to(torch.complex64) @ h.view(*shape, 1), last.view(shape[0], *shape[2:], 1)
 
 
 def _tokens(x: Tensor, values: Tensor) -> Tensor:

@@ -202,7 +202,8 @@ def run_one(
         one_step = backend == "auto" and values.shape[1] == 1
         backend = "chunked" if gap or one_step else "triton"
     if backend == "triton" and not cached:  # keeps 16-bit types, and the decays as they are
-        u, state = values, _initial_state(r, values.to(torch.float32))
+        kind = torch.complex64 if r.A.is_complex else torch.float32
+        u, state = values, _initial_state(r, values.to(kind))
     else:
         r, u = r.to(real_dtype(dtype)), values.to(dtype)
         state = _initial_state(r, u)

@@ -36,6 +36,10 @@ def systems(length: int, channel: int = 2, dtype: torch.dtype = torch.float32) -
     diagonal = Diagonal(-draw(BATCH, length, HEAD, N).abs())
     signed = Diagonal(diagonal.log_decay, torch.where(diagonal.log_decay < -0.5, -1.0, 1.0))
     start = draw(BATCH, HEAD, N, channel)
+    turning = Diagonal(diagonal.log_decay, phase=3 * draw(BATCH, length, HEAD, N))
+    turned = draw(BATCH, HEAD, N, 1) + 1j * draw(BATCH, HEAD, N, 1)
+    constant = Diagonal(-draw(1, 1, HEAD, N).abs(), phase=draw(1, 1, HEAD, N))
+    pairs = draw(1, 1, HEAD, N, 1) + 1j, draw(1, 1, HEAD, 1, N) - 1j
     u, single = draw(BATCH, length, HEAD, channel).to(dtype), draw(BATCH, length, HEAD, 1)
     skip = draw(BATCH, length, HEAD, 1, 1).to(dtype)
     found = {
@@ -49,6 +53,11 @@ def systems(length: int, channel: int = 2, dtype: torch.dtype = torch.float32) -
             single.to(dtype),
         ),
         "negative decays": (make(signed), single.to(dtype)),
+        "complex decays": (
+            make(turning, initial_state=turned, real_output=True),
+            single.to(dtype),
+        ),
+        "complex pairs": (dsf.Recurrence(constant, *pairs, real_output=True), single),
     }
     backwards = {
         "anticausal": (dsf.anticausal(make(scalar)), u),
@@ -74,8 +83,8 @@ def difference(system, values) -> float:
         for leaf, backend in zip(leaves, ("triton", "reference"), strict=True):
             (dsf.scan(system, leaf, backend) * upstream).sum().backward()
         pairs.append((leaves[0].grad, leaves[1].grad))
-    worst = [(a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)
-             for a, b in pairs if a.numel()]  # fmt: skip
+    wide = [(a.to(torch.complex128), b.to(torch.complex128)) for a, b in pairs if a.numel()]
+    worst = [(a - b).abs().max() / b.abs().max().clamp(min=1e-30) for a, b in wide]
     return float(max(worst, default=torch.tensor(0.0)))
 
 
