@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsf.axes import map_coords, to_xarray
 from dsf.errors import DsfTypeError, DsfValueError
+from dsf.kernel_maps import kernel_map, map_gap
 from dsf.memory import require_memory
 from dsf.mixing_rows import MixingRows, Part
 from dsf.recurrence import Recurrence
@@ -43,9 +44,11 @@ def materialise(
     differ by channel; with (output, input) at the end when there are several. `queries` and
     `keys` are contiguous slices of positions (0-based). `length` is needed for a time-invariant
     system. The zero half of a causal map is exactly zero; the initial state has no part in it.
-    Cost: O(queries x keys x state), by a scan over one-hot values. Raises DsfMemoryError, with
-    the size, before allocating more than `max_memory` bytes (default 80 % of what is free);
-    DsfShapeError, DsfTypeError, DsfValueError as `scan`. Source: Sieber et al. (2024), eq. 12.
+    Cost: O(queries x keys x state), by a scan over one-hot values, or by a kernel that writes
+    the tile once (CUDA, up to float32, no gradient wanted; `kernel_maps.map_gap`). Raises
+    DsfMemoryError, with the size, before allocating more than `max_memory` bytes (default 80 % of
+    what is free); DsfShapeError, DsfTypeError, DsfValueError as `scan`.
+    Source: Sieber et al. (2024), eq. 12.
     """
     check_system("dsf.materialise", system, allow_nonfinite=allow_nonfinite)
     total = _length(system, length)
@@ -145,6 +148,8 @@ def _in_part(part: Part, rows: range, cols: range, device: torch.device) -> Tens
 
 def _scanned_map(r: Recurrence, rows: range, cols: range, backend: Backend, part: Part) -> Tensor:
     r = r.replace(initial_state=None)
+    if part == "causal" and backend in ("auto", "triton") and not map_gap(r):
+        return kernel_map(r, rows, cols)
     blocks = [
         _key_block(r, rows, range(k, min(k + _KEY_BLOCK, cols.stop)), backend, part)
         for k in range(cols.start, cols.stop, _KEY_BLOCK)
