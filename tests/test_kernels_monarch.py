@@ -197,10 +197,10 @@ def test_messages(message, wrong, monkeypatch):
 
     arguments = tensors(3) | {"block": 2}
     with pytest.raises(NotImplementedError, match="expected CUDA tensors, got cpu"):
-        monarch_attention.monarch_attention(**arguments)
+        monarch_attention(**arguments)
     monkeypatch.setattr(launch, "INTERPRETED", True)
     with pytest.raises(ValueError, match=message):
-        monarch_attention.monarch_attention(**arguments | wrong)
+        monarch_attention(**arguments | wrong)
 
 
 def test_large_tiles_are_refused(monkeypatch):
@@ -208,7 +208,7 @@ def test_large_tiles_are_refused(monkeypatch):
 
     monkeypatch.setattr(launch, "INTERPRETED", True)
     with pytest.raises(NotImplementedError, match=r"got 2 and 130\. Use dsf"):
-        monarch_attention.monarch_attention(**tensors(260), block=2)
+        monarch_attention(**tensors(260), block=2)
 
 
 FLOAT = ("entropy", "grad_means", "grad_entropy", "grad_mixed", "sum_query", "sum_key",
