@@ -67,6 +67,54 @@ def strided_values(length: int) -> Tensor:
     return wide[:, :, 1 : 2 * length + 1 : 2, 3:7].transpose(1, 2)
 
 
+def matrix_states(length, head=2, group=2, state=4, channel=4, dtype=torch.float32, decay="token",
+                  initial=True, batch=1):  # fmt: skip
+    """Arguments of a scan with a matrix state; decay: "token", "head", None or (time, head)."""
+    generator = torch.Generator().manual_seed(length + state)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+
+    log_decay = None
+    if isinstance(decay, torch.Tensor):
+        log_decay = decay[None].expand(batch, length, head)
+    elif decay == "token":
+        log_decay = -draw(batch, length, head).abs()
+    elif decay == "head":
+        log_decay = -draw(head).abs()
+    return {
+        "query": draw(batch, length, group, state).to(dtype),
+        "key": draw(batch, length, group, state).to(dtype),
+        "value": draw(batch, length, head, channel).to(dtype),
+        "log_decay": log_decay,
+        "initial_state": draw(batch, head, state, channel) if initial else None,
+    }
+
+
+def matrix_state_cases(tensors, lengths, chunk, widths, families=None, **sizes):
+    """{name: (tensors, type)}: lengths, decays, widths, groups, layouts; `tensors` makes each as
+    `matrix_states`, families names the decays (all)."""
+    found = {f"length {length}": (tensors(length, **sizes), torch.float32) for length in lengths}
+    for name, log_decay in log_decay_families(chunk + 3).items():
+        if families is not None and name not in families:
+            continue
+        found[f"decay {name}"] = (tensors(chunk + 3, decay=log_decay), torch.float32)
+    for state, channel in widths:
+        arguments = tensors(chunk + 1, 2, 1, state, channel)
+        found[f"state {state} channel {channel}"] = (arguments, torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        found[f"{dtype}"] = (tensors(chunk + 1, dtype=dtype, **sizes), dtype)
+    found["no decay, no initial state"] = (
+        tensors(chunk + 1, decay=None, initial=False), torch.float32,
+    )  # fmt: skip
+    found["decay of a head"] = (tensors(chunk + 1, decay="head"), torch.float32)
+    strided = tensors(chunk + 1)
+    strided["query"] = strided["query"].mT.contiguous().mT
+    strided["value"] = strided_values(chunk + 1)
+    found["strided"] = (strided, torch.float32)
+    return found
+
+
 def moved(arguments: Arguments, device: str) -> Arguments:
     """The arguments on a device; None stays."""
     return {k: v if v is None else v.to(device) for k, v in arguments.items()}

@@ -17,51 +17,20 @@ CLOSE = 1e-11
 EPS = 1e-3
 
 
-def tensors(length, head=2, group=2, state=4, channel=4, dtype=torch.float32, decay="token",
-            initial=True, batch=1):  # fmt: skip
-    generator = torch.Generator().manual_seed(length + state)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator)
-
-    log_decay = None
-    if isinstance(decay, torch.Tensor):
-        log_decay = decay[None].expand(batch, length, head)
-    elif decay == "token":
-        log_decay = -draw(batch, length, head).abs()
-    elif decay == "head":
-        log_decay = -draw(head).abs()
-    return {
-        "query": draw(batch, length, group, state).abs().to(dtype),
-        "key": draw(batch, length, group, state).abs().to(dtype),
-        "value": draw(batch, length, head, channel).to(dtype),
-        "log_decay": log_decay,
-        "initial_state": draw(batch, head, state, channel) if initial else None,
-        "initial_key_sum": draw(batch, head, state).abs() if initial else None,
-    }
+def tensors(*sizes, **options):
+    """As every matrix state, with positive query and key, and a sum of keys."""
+    given = kernel_laws.matrix_states(*sizes, **options)
+    positive = {name: given[name].abs() for name in ("query", "key")}
+    state, key_sum = given["initial_state"], None
+    if state is not None:
+        generator = torch.Generator().manual_seed(sizes[0] + 1)
+        key_sum = torch.randn(state.shape[:3], generator=generator).abs()
+    return given | positive | {"initial_key_sum": key_sum}
 
 
 def cases(lengths, chunk, widths, families=None, **sizes):
-    """{name: (tensors, type)}; families: of the log decay (all)."""
-    found = {f"length {length}": (tensors(length, **sizes), torch.float32) for length in lengths}
-    for name, log_decay in kernel_laws.log_decay_families(chunk + 3).items():
-        if families is not None and name not in families:
-            continue
-        found[f"decay {name}"] = (tensors(chunk + 3, decay=log_decay), torch.float32)
-    for state, channel in widths:
-        arguments = tensors(chunk + 1, 2, 1, state, channel)
-        found[f"state {state} channel {channel}"] = (arguments, torch.float32)
-    for dtype in (torch.bfloat16, torch.float16):
-        found[f"{dtype}"] = (tensors(chunk + 1, dtype=dtype, **sizes), dtype)
-    none = tensors(chunk + 1, decay=None, initial=False)
-    found["no decay, no initial state"] = (none, torch.float32)
-    found["no decay"] = (tensors(chunk + 1, decay=None), torch.float32)
-    found["decay of a head"] = (tensors(chunk + 1, decay="head"), torch.float32)
-    strided = tensors(chunk + 1)
-    strided["query"] = strided["query"].mT.contiguous().mT
-    strided["value"] = kernel_laws.strided_values(chunk + 1)
-    found["strided"] = (strided, torch.float32)
-    return found
+    found = kernel_laws.matrix_state_cases(tensors, lengths, chunk, widths, families, **sizes)
+    return found | {"no decay": (tensors(chunk + 1, decay=None), torch.float32)}
 
 
 def joined(scan):

@@ -14,48 +14,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 LIMIT = 16.0  # units
 
 
-def tensors(length, head=2, group=2, state=4, channel=4, dtype=torch.float32, decay="token",
-            initial=True, batch=1):  # fmt: skip
-    generator = torch.Generator().manual_seed(length + state)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=generator)
-
-    log_decay = None
-    if isinstance(decay, torch.Tensor):
-        log_decay = decay[None].expand(batch, length, head)
-    elif decay == "token":
-        log_decay = -draw(batch, length, head).abs()
-    elif decay == "head":
-        log_decay = -draw(head).abs()
-    return {
-        "query": draw(batch, length, group, state).to(dtype),
-        "key": draw(batch, length, group, state).to(dtype),
-        "value": draw(batch, length, head, channel).to(dtype),
-        "log_decay": log_decay,
-        "initial_state": draw(batch, head, state, channel) if initial else None,
-    }
-
-
-def cases(lengths, chunk, widths, **sizes):
-    """{name: (tensors, type)}: lengths, decays, widths, groups, layouts."""
-    found = {f"length {length}": (tensors(length, **sizes), torch.float32) for length in lengths}
-    for name, log_decay in kernel_laws.log_decay_families(chunk + 3).items():
-        found[f"decay {name}"] = (tensors(chunk + 3, decay=log_decay), torch.float32)
-    for state, channel in widths:
-        arguments = tensors(chunk + 1, 2, 1, state, channel)
-        found[f"state {state} channel {channel}"] = (arguments, torch.float32)
-    for dtype in (torch.bfloat16, torch.float16):
-        found[f"{dtype}"] = (tensors(chunk + 1, dtype=dtype, **sizes), dtype)
-    found["no decay, no initial state"] = (
-        tensors(chunk + 1, decay=None, initial=False), torch.float32,
-    )  # fmt: skip
-    found["decay of a head"] = (tensors(chunk + 1, decay="head"), torch.float32)
-    strided = tensors(chunk + 1)
-    strided["query"] = strided["query"].mT.contiguous().mT
-    strided["value"] = kernel_laws.strided_values(chunk + 1)
-    found["strided"] = (strided, torch.float32)
-    return found
+tensors = kernel_laws.matrix_states
+cases = functools.partial(kernel_laws.matrix_state_cases, tensors)
 
 
 FORMS = {  # what the launch module's constants are in each form
