@@ -48,7 +48,7 @@ def kernel_gap(r: Recurrence, values: Tensor) -> str:
         return f"the kernels read {', '.join(str(t) for t in TYPES)}, not {dtype}"
     if (r.n_input, r.n_output) != (1, 1):
         return f"the kernels have one input and output a head, not {r.n_input} and {r.n_output}"
-    return r.A.triton_gap(values.shape[-1], dtype)
+    return r.A.triton_gap(values.shape[-1])
 
 
 def decay_gap(A: Any, n_channel: int) -> str:

@@ -143,13 +143,13 @@ class Transition(abc.ABC):
 
         return loop(self, B, C, values, state)
 
-    def triton_gap(self, n_channel: int, dtype: torch.dtype) -> str:
+    def triton_gap(self, n_channel: int) -> str:
         """Why no Triton kernel runs this transition on such values; "" if one does."""
         return f"structure {self.structure!r} has no Triton kernel"
 
     def scan_triton(self, B: Any, C: Any, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """The same by a kernel, where `triton_gap` is empty: one input, one output."""
-        raise DsfUnsupportedError(f"dsf.scan: {self.triton_gap(values.shape[-1], values.dtype)}.")
+        raise DsfUnsupportedError(f"dsf.scan: {self.triton_gap(values.shape[-1])}.")
 
     def after(self, earlier: Transition) -> Transition:
         """The product A_self A_earlier of any two structures, widened until the types meet."""

@@ -70,8 +70,8 @@ class Diagonal(Decay):
 
         return scan_diagonal(self, B, C, values, state, chunk)
 
-    def triton_gap(self, n_channel: int, dtype: torch.dtype) -> str:
-        """Real decays have one: elementwise for one channel, a matrix state for several."""
+    def triton_gap(self, n_channel: int) -> str:
+        """One channel: elementwise, complex decays too; several: a matrix state of real ones."""
         from dsf.kernel_scans import decay_gap
 
         return decay_gap(self, n_channel)

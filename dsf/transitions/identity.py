@@ -55,7 +55,7 @@ class Identity(Transition):
 
         return scan_scalar(None, B, C, values, state, chunk)
 
-    def triton_gap(self, n_channel: int, dtype: torch.dtype) -> str:
+    def triton_gap(self, n_channel: int) -> str:
         """Real decays of at most 256 states and channels have one."""
         from dsf.kernel_scans import decay_gap
 

@@ -69,7 +69,7 @@ class Scalar(Decay):
 
         return scan_scalar(self, B, C, values, state, chunk)
 
-    def triton_gap(self, n_channel: int, dtype: torch.dtype) -> str:
+    def triton_gap(self, n_channel: int) -> str:
         """Real decays of at most 256 states and channels have one."""
         from dsf.kernel_scans import decay_gap
 
