@@ -10,7 +10,7 @@ from dsf_kernels.launch import INTERPRETED, power_of_two
 from dsf_kernels.monarch_gradients import left_gradient, right_gradient
 from dsf_kernels.monarch_kernels import left_kernel, right_kernel
 
-MAX_TILE = 128
+MAX_TILE = 128  # a tile is whole in the registers of one program: wider ones do not fit
 WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
 """Warps by the side of the tile."""
 GRADIENT_WARPS = {16: 1, 32: 4, 64: 4, 128: 8}
