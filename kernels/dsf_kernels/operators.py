@@ -9,6 +9,8 @@ function must give new tensors, which share no memory with each other or with an
 from collections.abc import Callable
 
 import torch
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("dsf", "FRAGMENT")
@@ -28,12 +30,43 @@ def operator(
         _LIBRARY.impl(name, function, device)
     torch.library.register_fake(f"dsf::{name}", fake, lib=_LIBRARY)
     call = getattr(torch.ops.dsf, name).default
+    near = function
     if backward is not None:
-        _LIBRARY.impl(name, _differentiable(call, backward), "Autograd")
-    return call
+        _LIBRARY.impl(name, _differentiable(_below(call), backward), "Autograd")
+        near = _differentiable(function, backward)
+
+    def run(*arguments):
+        return near(*arguments) if _plain(arguments) else call(*arguments)
+
+    return run
 
 
-def _differentiable(call: Callable, backward: Callable) -> Callable:
+def _plain(arguments: tuple) -> bool:
+    """Whether nobody but autograd watches: the dispatcher then adds nothing but its time."""
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or peek_interpreter_stack() is not None
+        or _profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+    )
+    return not watched and all(
+        type(a) in (torch.Tensor, torch.nn.Parameter) and not a.is_meta
+        for a in arguments
+        if isinstance(a, torch.Tensor)
+    )
+
+
+def _below(call: Callable) -> Callable:
+    def below(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return call(*arguments)
+
+    return below
+
+
+def _differentiable(below: Callable, backward: Callable) -> Callable:
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *arguments):
@@ -46,10 +79,6 @@ def _differentiable(call: Callable, backward: Callable) -> Callable:
         @once_differentiable
         def backward(ctx, *gradients):
             return backward(ctx, *gradients)
-
-    def below(*arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return call(*arguments)
 
     def run(*arguments):
         if torch.is_grad_enabled() and any(

@@ -12,7 +12,7 @@ from dsf_kernels.chunk_kernel import chunk_kernel
 from dsf_kernels.chunks import cumulate
 from dsf_kernels.combine import product
 from dsf_kernels.exponentials import LN_2
-from dsf_kernels.launch import INTERPRETED, narrow, power_of_two
+from dsf_kernels.launch import INTERPRETED, MAX_TILE_STRIDE, narrow, power_of_two
 from dsf_kernels.scalar_decay_short import short_kernel
 from dsf_kernels.sequences import Sequences
 
@@ -185,10 +185,13 @@ def walk(x, y, w, out, settings, scale, segment=0, *, reverse=False, decays=None
     `initial` has an axis more (batch, head, segment, N, P) where the row is split. sequences: of
     a packed row, which is not split; `initial` and `final` then have one state for each.
     """
-    x, y, w = narrow(x, 1), narrow(y, 1), narrow(w, 1)
+    strides = (*x.stride(), *y.stride(), *w.stride())
+    if max(strides) > MAX_TILE_STRIDE or min(strides) < 0:
+        x, y, w = narrow(x, 1), narrow(y, 1), narrow(w, 1)
+        strides = (*x.stride(), *y.stride(), *w.stride())
     fixed = decays is not None and decays.fixed is not None and not segment
     kernel, grid, numbers, constants, built = _plan(
-        x.shape, y.shape, w.shape, (*x.stride(), *y.stride(), *w.stride()), state_strides(initial),
+        x.shape, y.shape, w.shape, strides, state_strides(initial),
         settings, scale, segment, reverse, short,
         (decays is not None, fixed, initial is not None, out is not None, final is not None),
         None if sequences is None else sequences.count,
