@@ -25,7 +25,7 @@ BUILDS = {  # module, kernel, constants
     "walk": ("chunk_kernel", "chunk_kernel", WALK | {"REVERSE": False}),
     "walk back": ("chunk_kernel", "chunk_kernel", WALK | {"REVERSE": True}),
     "walk packed": ("chunk_kernel", "chunk_kernel", packed(WALK) | {"REVERSE": False}),
-    "short": ("scalar_decay_short", "short_kernel", WALK | {"REVERSE": False}),
+    "short": ("scalar_decay_short", "short_kernel", WALK | {"REVERSE": False, "STAGES": 3}),
     "states": ("scalar_decay_states", "states_kernel", SHARED | ENDS),
     "states packed": ("scalar_decay_states", "states_kernel", packed(SHARED) | ENDS),
     "gradients": ("scalar_decay_adjoint", "gradient_kernel", SHARED | SPREAD),

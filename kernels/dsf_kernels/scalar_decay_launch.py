@@ -20,6 +20,7 @@ CHUNK, SLAB = 64, 64
 SHORT = 1024  # tokens, and heads times width, up to which a row is short
 FEW = 8  # programs in a row up to which a longer one is split in time
 SEGMENT = 16  # chunks of a part of it
+SHORT_STAGES = 3  # of a short row in bf16, whose few programs have room for a deeper pipeline
 
 
 class Settings(NamedTuple):
@@ -45,6 +46,18 @@ def settings_of(dtype: torch.dtype, width: int) -> Settings:
         1 if exact else 2,
         8 if width > 128 or exact else 4,
     )
+
+
+def every_token(log_decay: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Log decays (head,) as (batch, time, head), with strides 0 by which `Decays` knows them.
+
+    `expand` alone gives an axis of size 1 another stride: one token would be computed in another
+    form than it is in a packed row, and an ulp away.
+    """
+    batch, length, n_head = shape[:3]
+    if length != 1:
+        return log_decay.expand(batch, length, n_head)
+    return log_decay.expand(max(batch, 2), 2, n_head)[:batch, :1]
 
 
 class Decays:
@@ -160,6 +173,8 @@ def _plan(
     (batch, length, n_head, channels), width = w, y[3]
     n_head = max(x[2], y[2], n_head)
     wide, slab = power_of_two(width, 16), slab_of(settings, width, channels)
+    if short and not settings.EXACT:
+        settings = settings._replace(STAGES=SHORT_STAGES)
     n_chunk = -(-length // settings.CHUNK)
     if packed is not None:
         batch, n_chunk = packed, length // settings.CHUNK + packed
