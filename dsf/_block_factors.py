@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dsf._block_residual import beside, matrices
 from dsf.derivatives import Derivative
 from dsf.errors import DsfUnsupportedError, DsfValueError
 from dsf.maps import Rows, materialise, spans
@@ -73,7 +74,9 @@ def between(
             "bthp,bjhp,bhptj->bhtj", out[:, rows.start : rows.stop],
             v[:, cols.start : cols.stop], tile.expand(-1, -1, v.shape[-1], -1, -1),
         )  # fmt: skip
-    return total
+    if block.around is None:
+        return total
+    return beside(total, (read * block.around.apply(write)).sum(-1), rows, cols)
 
 
 def require_probes(function: str, probes: int) -> None:
@@ -203,7 +206,9 @@ def jacobian(block: Block, queries: Rows, keys: Rows, cap: int | None) -> Tensor
             "bthpo,bhptj,bjhpi->bhtjoi", out_of[:, rows.start : rows.stop],
             tile.expand(-1, -1, out_of.shape[3], -1, -1), v[:, cols.start : cols.stop],
         )  # fmt: skip
-    return total
+    if block.around is None:
+        return total
+    return beside(total, matrices(block, cap, _ADVICE), rows, cols)
 
 
 def norm(block: Block, queries: Rows, keys: Rows, heads: bool, cap: int | None) -> Tensor:
@@ -212,8 +217,9 @@ def norm(block: Block, queries: Rows, keys: Rows, heads: bool, cap: int | None) 
     into, out_of = arrays(block, cap)
     into, out_of = into[:, :, cols.start : cols.stop], out_of[:, rows.start : rows.stop]
     tiles = [t.expand(-1, -1, out_of.shape[3], -1, -1) for t in _tiles(block, rows, cols, cap)]
+    R = None if block.around is None else matrices(block, cap, _ADVICE)
     if not heads:
-        return _whole_norm(into, out_of, tiles)
+        return _whole_norm(into, out_of, tiles, R, rows, cols)
     gram = torch.einsum("bthpo,bthqo->bthpq", out_of, out_of)
     total = out_of.new_zeros(out_of.shape[0], block.n_head, len(rows), len(cols))
     for v1, tile1 in zip(into, tiles, strict=True):
@@ -225,18 +231,26 @@ def norm(block: Block, queries: Rows, keys: Rows, heads: bool, cap: int | None) 
             else:
                 total += torch.einsum(
                     "bthpq,bjhpq,bhptj,bhqtj->bhtj", gram, values, tile1, tile2)  # fmt: skip
-    return total.clamp_min(0).sqrt()
+    total = total.clamp_min(0).sqrt()
+    if R is None:
+        return total
+    return beside(total, torch.linalg.vector_norm(R, dim=(-2, -1)), rows, cols)
 
 
-def _whole_norm(into: Tensor, out_of: Tensor, tiles: list[Tensor]) -> Tensor:
-    """Of the sum over heads, one query at a time."""
+def _whole_norm(
+    into: Tensor, out_of: Tensor, tiles: list[Tensor], R: Tensor | None, rows: range, cols: range
+) -> Tensor:
+    """Of the sum over heads and of what is added, one query at a time."""
     found = out_of.new_zeros(out_of.shape[0], out_of.shape[1], into.shape[2])
     for t in range(found.shape[1]):
         parts = [
             torch.einsum("bhpo,bhpj,bjhpi->bjoi", out_of[:, t], tile[..., t, :], v)
             for v, tile in zip(into, tiles, strict=True)
         ]
-        found[:, t] = torch.linalg.vector_norm(torch.stack(parts).sum(0), dim=(-2, -1))
+        whole = torch.stack(parts).sum(0)
+        if R is not None and rows[t] in cols:
+            whole[:, cols.index(rows[t])] += R[:, rows[t]]
+        found[:, t] = torch.linalg.vector_norm(whole, dim=(-2, -1))
     return found
 
 
@@ -249,7 +263,10 @@ def trace(block: Block, queries: Rows, keys: Rows, cap: int | None) -> Tensor:
         read, write = out_of[:, rows.start : rows.stop], v[:, cols.start : cols.stop]
         own = torch.einsum("bthpi,bjhpi->bhptj", read, write)
         total += (own * tile).sum(2)
-    return total
+    if block.around is None:
+        return total
+    R = matrices(block, cap, _ADVICE)
+    return beside(total, R.diagonal(dim1=-2, dim2=-1).sum(-1), rows, cols)
 
 
 def _spans(block: Block, queries: Rows, keys: Rows) -> tuple[range, range]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsf._block_factors import arrays
+from dsf._block_residual import matrices, with_residual
 from dsf.algebra import series
 from dsf.errors import DsfUnsupportedError
 from dsf.memory import require_memory
@@ -24,6 +25,13 @@ _SAME_DIRECTION = 1e-12
 
 def flat_recurrence(block: Block, cap: int | None) -> System:
     """The block with features as inputs and outputs, states and channels in one long state."""
+    heads = _heads(block, cap)
+    if block.around is None:
+        return heads
+    return with_residual(heads, matrices(block, cap, "Ask for apply, map or norm."))
+
+
+def _heads(block: Block, cap: int | None) -> System:
     inner, gate = block.inner, None
     if isinstance(inner, Gated):
         inner, gate = inner.system, inner.gate

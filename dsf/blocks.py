@@ -9,27 +9,18 @@ from typing import Any
 import torch
 import xarray as xr
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from dsf import _block_factors as factors
+from dsf._block_parts import frozen_parts
 from dsf._flat_blocks import flat_recurrence
-from dsf._frozen_layers import (
-    constant,
-    frozen_readout,
-    frozen_values,
-    held,
-    leaf,
-    single,
-    the_input,
-    without_start,
-)
+from dsf._frozen_layers import without_start
 from dsf.axes import map_coords, to_xarray
-from dsf.derivatives import Derivative, parameters_constant, require_finite
+from dsf.derivatives import Derivative, require_finite
 from dsf.errors import DsfFidelityError, DsfShapeError
 from dsf.maps import Rows, spans, system_attrs
 from dsf.scanning import scan
 from dsf.shapes import Inexact
-from dsf.tracing import TOLERANCE, LayerTrace, relative_error
+from dsf.tracing import TOLERANCE, LayerTrace
 from dsf.wrappers import System
 
 
@@ -37,12 +28,17 @@ from dsf.wrappers import System
 class Block:
     """One layer as a linear map of its input features, whatever depends on the input held fixed.
 
-        v_t = sum_k V_tk x_{t-k},   y = scan(inner, v),   z_t = sum_h O_th y_th
+        v_t = sum_k V_tk x_{t-k},   y = scan(inner, v),   z_t = sum_h O_th y_th + R_t x_t
 
     x (batch, time, input) is what the layer was given, z (batch, time, output) what it made but
     for `offset`, the part of its biases. V (with `taps` > 1 where a convolution or token shift
     comes first) and O hold projections, gates, and norms of the traced point; `inner` is the
     traced recurrence. Each head is one system with state (state, channel); the layer is their sum.
+    R (`around`) is there only where the layer adds its own input back, as ALBERT's attention does:
+    views by head then have one part more, the last, which is R at t = j.
+
+    Attention between two sequences has one axis of time, the keys' tokens first (`attrs["n_key"]`
+    of them): x is zero at the queries, z at the keys.
 
     V and O are the derivatives of the layer's own code with its norms and gates as constants
     (`dsf.freezing.Frozen`), so `apply` costs a few passes of the layer, and nothing is length x
@@ -62,10 +58,11 @@ class Block:
     attrs: dict[str, Any] = dataclasses.field(repr=False)
     into: Derivative = dataclasses.field(repr=False)
     out_of: Derivative = dataclasses.field(repr=False)
+    around: Derivative | None = dataclasses.field(repr=False, default=None)
 
     @property
     def n_head(self) -> int:
-        """Number of heads."""
+        """Number of heads, the input that is added back not counted."""
         return self.into.output.shape[2]
 
     @property
@@ -82,10 +79,11 @@ class Block:
         """
         _check("apply", "x", x, self.input.shape)
         y = scan(self.inner, self.into.apply(x))
+        added = [] if self.around is None else [self.around.apply(x)]
         if not heads:
-            return self.out_of.apply(y)
+            return sum(added, self.out_of.apply(y))
         own = torch.eye(self.n_head, dtype=y.dtype, device=y.device)[:, None, None, :, None]
-        return torch.stack([self.out_of.apply(y * alone) for alone in own], dim=1)
+        return torch.stack([*(self.out_of.apply(y * alone) for alone in own), *added], dim=1)
 
     def transposed(
         self, z: Inexact[Tensor, "batch time output"]
@@ -96,7 +94,8 @@ class Block:
         with torch.enable_grad():
             y = scan(self.inner, values)
         (v,) = torch.autograd.grad(y, values, self.out_of.transposed(z)[0])
-        return self.into.transposed(v)[0]
+        x = self.into.transposed(v)[0]
+        return x if self.around is None else x + self.around.transposed(z)[0]
 
     def map(
         self,
@@ -203,37 +202,32 @@ def block_of(trace: LayerTrace, *, tolerance: float | None = None) -> Block:
 
     Raises DsfFidelityError where the layer is not linear in its input and biases after freezing
     (see `Block`), DsfUnsupportedError for a trace without its pass, for modules that hold several
-    layers, or where the values depend on several inputs. Cost: three passes of the layer.
+    layers, or where the values depend on several inputs. Cost: three passes of the layer, and one
+    more where it adds its input back.
     """
-    visit = single(trace).visit
-    module, given = visit.module, (visit.args, visit.kwargs)
-    with parameters_constant(module, but_biases=True) as biases:
-        args, kwargs = pytree.tree_map(leaf, given)
-        values = frozen_values(trace, args, kwargs)
-        x = the_input(trace, values, (args, kwargs))
-        made = Derivative((x, *biases), values).apply(x.detach(), *map(held, biases))
-    with parameters_constant(module):
-        y = scan(constant(trace.recurrence), values.detach()).requires_grad_()
-        output = frozen_readout(trace, y)
-        into, out_of = Derivative((x,), values), Derivative((y,), output)
-        read = out_of.apply(y.detach()) + frozen_readout(trace, torch.zeros_like(y))
-    error = max(relative_error(made, trace.values), relative_error(read, trace.output))
-    taps = factors.taps(trace.name, into)
-    factors.require_token_by_token(trace.name, out_of)
     limit = TOLERANCE.get(trace.output.dtype, 1e-5) if tolerance is None else tolerance
-    if not error <= limit:
+    parts = frozen_parts(trace, limit)
+    taps = factors.taps(trace.name, parts.into)
+    for derivative in (parts.out_of, parts.around):
+        if derivative is not None:
+            factors.require_token_by_token(trace.name, derivative)
+    if not parts.error <= limit:
         raise DsfFidelityError(
             f"dsf.trace(...).block: {trace.name}: expected the layer to be linear in its input "
             f"and biases once its norms and gates are held fixed, within {limit:.3g}, got a "
-            f"relative difference of {error:.3g}. It has a nonlinearity that dsf.freezing.Frozen "
-            f"does not know, or adds its input back (a residual inside). To look at its "
-            f"derivative all the same, pass a larger tolerance=."
+            f"relative difference of {parts.error:.3g}. It has a nonlinearity that "
+            f"dsf.freezing.Frozen does not know. To look at its derivative all the same, pass a "
+            f"larger tolerance=."
         )
-    kept = ("precision", "class", "torch_version", "transformers_version", "float32_casts")
+    kept = ("precision", "class", "torch_version", "transformers_version", "float32_casts",
+            "time", "n_key", "n_query")  # fmt: skip
     attrs = {name: trace.attrs[name] for name in kept if name in trace.attrs}
+    if parts.around is not None:
+        attrs["residual"] = "the last head: the input that the layer adds back"
     return Block(
-        trace.name, trace.layer, trace.system, without_start(constant(trace.recurrence)),
-        x.detach(), trace.output.detach(), taps, error, attrs, into, out_of,
+        trace.name, trace.layer, trace.system, without_start(parts.inner),
+        parts.into.inputs[0].detach(), parts.output.detach(), taps, parts.error, attrs,
+        parts.into, parts.out_of, parts.around,
     )  # fmt: skip
 
 

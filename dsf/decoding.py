@@ -139,7 +139,9 @@ class _Calls:
 def _decode(model: Any, calls: _Calls, cache_name: str, cache: Any) -> None:
     encoder: dict[str, Any] = {}
     both = bool(getattr(model.config, "is_encoder_decoder", False))
-    if cache is None and cache_name == "past_key_values" and not both:
+    # a model that reads another sequence makes a cache of two parts by itself
+    reads = both or calls.inputs.get("encoder_hidden_states") is not None
+    if cache is None and cache_name == "past_key_values" and not reads:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=model.config)

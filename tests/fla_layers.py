@@ -21,18 +21,22 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
+from fla_loops import path  # noqa: E402
 from fla_on_cpu import replace_ops  # noqa: E402
 from triton.runtime import autotuner  # noqa: E402
 
 import dsf  # noqa: E402
+from dsf.tracing import relative_error  # noqa: E402
 
 LENGTHS = (1, 13, 70)
 """One token, fewer than the 64 that choose the fused form, and more."""
 ONE_BLOCK = 60
 """PaTH's kernel rounds products of reflections to 16 bit between blocks of 64 tokens."""
 PADDED = 4
-WITHOUT_MASK = ("MomentumDeltaNet", "PaTHAttention")
-"""Layers that take no padding mask, or none without a cache."""
+BEYOND = 130
+"""Tokens of two such blocks and a part of a third."""
+WITHOUT_MASK = ("MomentumDeltaNet",)
+"""Layers that take no padding mask."""
 
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "GatedLinearAttention": ("gla", {"num_heads": 2, "num_kv_heads": 1}),
@@ -94,6 +98,8 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Parallax": ("parallax", {"num_heads": 2, "num_kv_heads": 1, "window_size": 5}),
     "DeltaFormerAttention": ("deltaformer", {"num_heads": 2}),
     "MoBA": ("moba", {"num_heads": 2, "moba_chunk_size": 4, "moba_topk": 3}),
+    "NativeSparseAttention": ("nsa", {"num_heads": 16, "num_kv_heads": 1, "head_dim": 16,
+                                      "block_size": 16, "block_counts": 2, "window_size": 5}),
     "MoBA whole": ("moba", {"num_heads": 2, "moba_chunk_size": 4, "moba_topk": 1}),
 }  # fmt: skip
 
@@ -168,6 +174,8 @@ def traced(name: str, length: int, padding: str) -> dict[str, Any]:
     if padding != "none":
         mask[1, slice(PADDED) if padding == "left" else slice(-PADDED, None)] = 0
     arguments: dict[str, Any] = {"attention_mask": None if padding == "none" else mask}
+    if name.startswith("PaTH") and padding != "none":
+        arguments["past_key_values"] = {}  # beside a mask the layer looks into its cache
     if name == "YOCOCrossAttention":  # its keys and values come from another layer
         arguments |= {n: torch.randn(2, length, 2, 16, generator=generator).to(DEVICE)
                       for n in ("shared_k", "shared_v")}  # fmt: skip
@@ -177,6 +185,35 @@ def traced(name: str, length: int, padding: str) -> dict[str, Any]:
         return {"raised": f"{type(error).__name__}: {error}"}
     return {"system": found.system, "error": found.error, "scan": found.attrs["scan_error"],
             "shape": list(found.values.shape)}  # fmt: skip
+
+
+def beyond_a_block(name: str) -> dict[str, float]:
+    """How far PaTH's kernel and the recurrence are from a float64 loop on the op's arguments."""
+    x = torch.randn(1, BEYOND, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    found = dsf.from_layer(layer_of(name), x, tolerance=1.0)
+    assert found.source is not None
+    (call,) = found.source.visit.taps
+    given = {n: call.kwargs[n][0].double().cpu() for n in ("q", "k", "v", "w", "beta", "g")
+             if call.kwargs.get(n) is not None}  # fmt: skip
+    exact, y = path(**given), dsf.scan(found.recurrence, found.values)[0]
+    return {"kernel": relative_error(call.result[0][0].cpu(), exact),
+            "recurrence": relative_error(y.cpu(), exact)}  # fmt: skip
+
+
+def zeros_for_padding(name: str) -> dict[str, float]:
+    """Of a layer without a mask: zeros before the tokens, against the tokens alone."""
+    layer, generator = layer_of(name), torch.Generator().manual_seed(1)
+    x = torch.randn(1, 13, 32, generator=generator).to(DEVICE)
+    x[:, :PADDED] = 0
+    padded, alone = (dsf.from_layer(layer, part) for part in (x, x[:, PADDED:]))
+    y, own = (dsf.scan(found.recurrence, found.values) for found in (padded, alone))
+    return {"layer": relative_error(padded.output[:, PADDED:], alone.output),
+            "recurrence": relative_error(y[:, PADDED:], own)}  # fmt: skip
+
+
+LIMITS = {"PaTHAttention": beyond_a_block, "PaTHAttention gated": beyond_a_block,
+          "MomentumDeltaNet": zeros_for_padding}  # fmt: skip
+"""What is said of a layer beside the errors of its traces."""
 
 
 def main() -> None:
@@ -195,6 +232,8 @@ def main() -> None:
             length = min(length, ONE_BLOCK) if layer == "PaTHAttention" else length
             for padding in masks if length == 13 else ("none",):
                 report.setdefault(name, {})[f"{length} {padding}"] = traced(name, length, padding)
+        if name in LIMITS:
+            report[f"limits of {name}"] = LIMITS[name](name)
     print(json.dumps(report))
 
 

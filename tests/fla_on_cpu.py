@@ -26,6 +26,8 @@ def replace_ops(file: str, space: dict[str, Any]) -> None:
     if file == "moba":
         importlib.import_module("fla.ops.moba.parallel").__dict__.update(
             _flash_attn_varlen_forward=_flash_forward, flash_attn_varlen_func=_varlen)  # fmt: skip
+    if file == "nsa":
+        importlib.import_module("fla.ops.nsa.parallel").__dict__.update(FLASH)
     if file == "mom":  # whose sort must keep the order of tokens, as on a GPU
         torch.Tensor.argsort = functools.partialmethod(_argsort, stable=True)  # type: ignore
 

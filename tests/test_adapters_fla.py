@@ -41,12 +41,12 @@ NAMES = (
     "BitAttention", "MultiheadLatentAttention", "SlidingWindowSharedKeyAttention",
     "YOCOCrossAttention", "ForgettingAttention", "PaTHAttention", "PaTHAttention gated",
     "WallAttention", "WallAttention gated", "Parallax", "DeltaFormerAttention", "MoBA",
-    "MoBA whole",
+    "MoBA whole", "NativeSparseAttention",
 )  # fmt: skip
-WITHOUT_MASK = ("MomentumDeltaNet", "PaTHAttention")
+WITHOUT_MASK = ("MomentumDeltaNet",)
 NEEDS_FLASH_ATTENTION = {
     "Attention", "BitAttention", "MultiheadLatentAttention", "SlidingWindowSharedKeyAttention",
-    "MoBA", "DeltaFormerAttention", "Parallax",
+    "MoBA", "DeltaFormerAttention", "Parallax", "NativeSparseAttention",
 }  # fmt: skip
 """Or 16 bit, or both, on a GPU: there they are not run."""
 NEEDS_A_GPU = {"Mamba3", "LogLinearMamba2", "StickBreakingAttention"}
@@ -81,6 +81,20 @@ def test_real_layers_in_tritons_interpreter(on_cpu, name):
         assert found["scan"] <= SINGLE, (case, found)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not FLA, reason="flash-linear-attention is not installed")
+def test_beyond_a_block_the_kernel_of_path_attention_rounds_and_the_recurrence_does_not(on_cpu):
+    """Where gates fade what is a block away, that matters less."""
+    plain, gated = (on_cpu[f"limits of {n}"] for n in ("PaTHAttention", "PaTHAttention gated"))
+    assert max(plain["recurrence"], gated["recurrence"]) <= SINGLE < plain["kernel"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FLA, reason="flash-linear-attention is not installed")
+def test_zeros_before_the_tokens_are_padding_to_a_layer_without_a_mask(on_cpu):
+    assert max(on_cpu["limits of MomentumDeltaNet"].values()) <= SINGLE
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not FLA, reason="flash-linear-attention is not installed")
 def test_real_layers_on_a_gpu():
@@ -89,7 +103,7 @@ def test_real_layers_on_a_gpu():
     faults = {
         (name, case): found
         for name, cases in _report("cuda").items() for case, found in cases.items()
-        if name.split()[0] not in NEEDS_FLASH_ATTENTION
+        if not name.startswith("limits") and name.split()[0] not in NEEDS_FLASH_ATTENTION
         and "does not support float32" not in str(found) and found.get("error", 1.0) > 1e-3
     }  # fmt: skip
     assert faults == {}

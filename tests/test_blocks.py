@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import frozen_models
@@ -204,15 +205,16 @@ def test_short_sequences(name, length):
 # -- what is refused ---------------------------------------------------------------------------
 
 
-def test_a_residual_inside_a_layer_is_refused():
-    trace = next(iter(dsf.trace(tiny_models.model("albert"), tiny_models.inputs()).values()))
-    with pytest.raises(DsfFidelityError, match="residual inside"):
-        trace.block()
+def test_what_no_freezing_makes_linear_is_refused():
+    layer, x = nn.MultiheadAttention(12, 3, batch_first=True), torch.randn(2, 5, 12)
+    found = dsf.from_layer(layer, x, x, x)
+    warped = dataclasses.replace(
+        found, readout=lambda y: found.readout(y).exp2(), output=found.output.exp2())  # fmt: skip
+    with pytest.raises(DsfFidelityError, match="nonlinearity that dsf"):
+        warped.block()
 
 
 def test_parts_of_a_module_and_traces_without_a_pass_are_refused():
-    import dataclasses
-
     lstm = dsf.trace(nn.LSTM(3, 4), torch.randn(5, 1, 3))["l0"]
     with pytest.raises(DsfUnsupportedError, match="module that is one layer"):
         lstm.block()

@@ -74,9 +74,12 @@ def refuse_compiled(function: str, model: nn.Module) -> None:
 
 
 def refuse_cache(function: str, arguments: Mapping[str, Any]) -> None:
-    """A trace is one pass over the whole sequence: a cache would start it in the middle."""
+    """A trace is one pass over the whole sequence: a cache would start it in the middle.
+
+    An empty mapping is none: fla's PaTH attention wants one to look into beside a mask.
+    """
     for name in ("past_key_values", "cache_params", "past_key_value"):
-        if arguments.get(name) is not None:
+        if arguments.get(name) is not None and arguments[name] != {}:
             raise DsfUnsupportedError(
                 f"{function}: {name}: expected no cache, got {type(arguments[name]).__name__}. "
                 f"Pass the whole sequence at once, or trace each call with a cache by "
@@ -106,9 +109,15 @@ def model_call(function: str, model: nn.Module, inputs: Any) -> Callable[[], Any
         )
     parameters = _parameters(model)
     takes = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if takes and getattr(getattr(model, "config", None), "use_cache", False):
+    if takes and _makes_a_cache(getattr(model, "config", None)):
         kwargs["use_cache"] = False
     return lambda: model(*args, **kwargs)
+
+
+def _makes_a_cache(config: Any) -> bool:
+    """Whether a configuration, or that of one part of a composite model, asks for a cache."""
+    parts = [c for c in vars(config).values() if hasattr(c, "use_cache")] if config else []
+    return any(getattr(c, "use_cache", False) for c in (config, *parts))
 
 
 def layer_call(function: str, layer: nn.Module, args: tuple, kwargs: dict) -> Callable[[], Any]:

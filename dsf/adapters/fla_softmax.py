@@ -86,7 +86,7 @@ def _path(a: Given) -> Recurrence:
     """The op multiplies the sum of log forget gates by the scale, too."""
     scale = a["q"].shape[-1] ** -0.5 if a["scale"] is None else a["scale"]
     return path_attention_recurrence(
-        a["q"], a["k"], a["w"], a["beta"], scale=scale,
+        a["q"], a["k"], a["w"], a["beta"], scale=scale, key_mask=a.get("kept"),
         log_decay=None if a.get("g") is None else scale * a["g"],
     )  # fmt: skip
 

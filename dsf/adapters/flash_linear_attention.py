@@ -18,7 +18,7 @@ from dsf.recurrence import Recurrence
 
 _TIMED = frozenset({
     "q", "k", "v", "g", "gk", "beta", "p", "s", "x", "r", "w", "a", "b", "kk", "g_atk",
-    "beta_atk", "g_scalar", "delta",
+    "beta_atk", "g_scalar", "delta", "g_cmp", "g_slc", "g_swa", "chosen",
 })  # fmt: skip
 """Arguments with a value a token."""
 

@@ -12,12 +12,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from dsf.adapters._calls import reads_another_sequence
 from dsf.adapters._contract import Adapter, Built, TappedCall, Visit, first_tensor
 from dsf.adapters._session import replaced
-from dsf.adapters._softmax import SYSTEM, attention_system, first_new_slot, split_cache
+from dsf.adapters._softmax import (
+    SYSTEM,
+    attention_system,
+    cross_attrs,
+    first_new_slot,
+    split_cache,
+)
 from dsf.adapters._tapped import transformers_classes
+from dsf.cross_rows import CrossRows
 from dsf.errors import DsfUnsupportedError
 from dsf.factors import ExplicitRows, OneHot
+from dsf.models._cached import cache_recurrence
 from dsf.recurrence import Recurrence
 from dsf.transitions import Identity
 from dsf.wrappers import Bidirectional, System, core
@@ -40,11 +49,12 @@ class OwnAttention(Adapter):
     tapped = "the product of softmax and values"
     covers = (
         "transformers: attention outside the registry, without a cache: DeBERTa (both), MPNet, "
-        "OpenAI GPT",
+        "OpenAI GPT, Kosmos-2.5's vision (which names the interface and calls its eager function)",
     )
     classes = transformers_classes({
         "deberta": "DisentangledSelfAttention", "deberta_v2": "DisentangledSelfAttention",
-        "mpnet": "MPNetSelfAttention", "openai": "Attention",
+        "kosmos2_5": "Kosmos2_5VisionAttention", "mpnet": "MPNetSelfAttention",
+        "openai": "Attention",
     })  # fmt: skip
 
     @contextlib.contextmanager
@@ -68,12 +78,15 @@ class OwnAttention(Adapter):
                 f"{len(visit.taps)}. Write an adapter for this layer."
             )
         (call,) = visit.taps
-        system, values = (_fused if call.function == "fused" else _explicit)(call, visit)
+        cross = reads_another_sequence(visit)
+        system, values = (_fused if call.function == "fused" else _explicit)(call, visit, cross)
+        kwargs = visit.kwargs
+        if visit.past is not None and not cross:
+            kwargs = _with_slots(visit, system)
+        n_query = first_tensor(visit.output).shape[1]
 
         def placed(y: Tensor) -> Tensor:
-            return y.transpose(1, 2).reshape(call.result.shape)
-
-        kwargs = visit.kwargs if visit.past is None else _with_slots(visit, system)
+            return y[:, y.shape[1] - n_query :].transpose(1, 2).reshape(call.result.shape)
 
         def readout(y: Tensor) -> Tensor:
             with _watched(visit.module, lambda _: placed(y)):
@@ -82,10 +95,11 @@ class OwnAttention(Adapter):
         return [Built(
             SYSTEM, system, values, readout, first_tensor(visit.output), tapped=call.result,
             to_tapped=placed,
+            attrs=cross_attrs(values.shape[1] - n_query, n_query) if cross else {},
         )]  # fmt: skip
 
 
-def _explicit(call: TappedCall, visit: Visit) -> tuple[System, Tensor]:
+def _explicit(call: TappedCall, visit: Visit, cross: bool) -> tuple[System, Tensor]:
     """The map that the layer made, (batch, head, query, key), and the values."""
     weights, values, shape = *call.args, call.kwargs["shape"]
     if len(shape) == 3:
@@ -96,6 +110,10 @@ def _explicit(call: TappedCall, visit: Visit) -> tuple[System, Tensor]:
         values = values.reshape(*shape[:2], length, -1)
     values = values.expand(*shape[:2], -1, -1).transpose(1, 2)  # Falcon shares one head
     n_query = shape[2]
+    if cross:
+        rows = CrossRows.of(ExplicitRows(weights), length)
+        values = functional.pad(values, (0, 0, 0, 0, 0, n_query))
+        return cache_recurrence(SYSTEM, rows), values
     offset = first_new_slot(visit.past, n_query, length)
     values, held = split_cache(values, offset, n_query)
     causal = not bool(weights.triu(1 + offset).any())
@@ -107,13 +125,13 @@ def _explicit(call: TappedCall, visit: Visit) -> tuple[System, Tensor]:
     return (r if causal else Bidirectional.from_rows(r)), values
 
 
-def _fused(call: TappedCall, visit: Visit) -> tuple[System, Tensor]:
+def _fused(call: TappedCall, visit: Visit, cross: bool) -> tuple[System, Tensor]:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
     query, key, value = (given[n].transpose(1, 2) for n in names[:3])
     return attention_system(
         query, key, value, mask=given.get("attn_mask"), scale=given.get("scale"),
-        causal=bool(given.get("is_causal", False)), past=visit.past,
+        causal=bool(given.get("is_causal", False)), past=visit.past, cross=cross,
     )  # fmt: skip
 
 

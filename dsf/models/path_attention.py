@@ -25,7 +25,7 @@ from dsf.models._heads import (
 )
 from dsf.models._projections import ConvolvedLinear, unit
 from dsf.recurrence import Recurrence
-from dsf.shapes import Float, Inexact
+from dsf.shapes import Bool, Float, Inexact
 from dsf.transitions import DiagonalLowRank, Householder, Transition
 from dsf.transitions._base import register, static
 
@@ -46,7 +46,8 @@ class PathRows(MixingRows):
     write_strength beta (batch, key, group), log_decay = log f (batch, key, head) or None. A tile
     costs O(rows x key x (width + chunk)); keys are taken chunk by chunk, from the last to the
     first, with the products of a chunk in the WY form, so nothing is divided by. Memory O(rows x
-    key). Query row r stands at position query_start + r.
+    key). Query row r stands at position query_start + r. Tokens where key_mask (batch, key) is
+    False are not read and read nothing: their rows are zero.
     """
 
     query: Tensor
@@ -54,6 +55,7 @@ class PathRows(MixingRows):
     direction: Tensor
     write_strength: Tensor
     log_decay: Tensor | None = None
+    key_mask: Tensor | None = None
     scale: float | None = static(default=None)
     query_start: int = static(default=0)
     causal: ClassVar[bool] = True
@@ -85,11 +87,19 @@ class PathRows(MixingRows):
             first = self.query_start
             own = slice(first + rows.start, first + rows.stop)
             z = z + fading(self.log_decay, own).to(dtype)
+        if self.key_mask is not None:
+            z = z.masked_fill(~self.key_mask[:, None, None], -torch.inf)
         return z.masked_fill(torch.arange(self.n_key, device=q.device) > at, -torch.inf)
 
     def tile(self, queries: slice, keys: slice) -> Inexact[Tensor, "batch head query key"]:
         """Softmax over all keys of the asked rows, then the asked columns."""
-        return torch.softmax(self.logits(queries), dim=-1)[..., keys]
+        z = self.logits(queries)
+        if self.key_mask is None:
+            return torch.softmax(z, dim=-1)[..., keys]
+        rows = range(*queries.indices(self.query.shape[1]))
+        own = slice(self.query_start + rows.start, self.query_start + rows.stop)
+        silent = ~self.key_mask[:, None, own, None]
+        return torch.softmax(z.masked_fill(silent, 0.0), -1).masked_fill(silent, 0.0)[..., keys]
 
     def time_slice(self, start: int, stop: int) -> PathRows:
         """The rows of steps start..stop-1 over the same keys."""
@@ -107,6 +117,8 @@ class PathRows(MixingRows):
                  ("write_strength", self.write_strength, (batch, key, group))]  # fmt: skip
         if self.log_decay is not None:
             sizes.append(("log_decay", self.log_decay, (batch, key, self.query.shape[2])))
+        if self.key_mask is not None:
+            sizes.append(("key_mask", self.key_mask, (batch, key)))
         return [
             f"C.{name}: expected shape {wanted}, got {tuple(x.shape)}; query and key fix it."
             for name, x, wanted in sizes if tuple(x.shape) != wanted
@@ -138,7 +150,8 @@ def path_form(rows: PathRows) -> CoefficientDynamics:
 
     Raises DsfUnsupportedError on a part of the rows, DsfValueError on a gate of zero.
     """
-    scores = SoftmaxRows(rows.query, rows.key, scale=rows.scale, query_start=rows.query_start)
+    scores = SoftmaxRows(rows.query, rows.key, key_mask=rows.key_mask, scale=rows.scale,
+                         query_start=rows.query_start)  # fmt: skip
     refuse_beyond_scores(scores)
     query, key, b = rows.query, shared_keys(scores), scales(scores)
     w, beta = (
@@ -162,6 +175,7 @@ def path_attention_recurrence(
     write_strength: Float[Tensor, "batch time group"],
     *,
     log_decay: Float[Tensor, "batch time head"] | None = None,
+    key_mask: Bool[Tensor, "batch time"] | None = None,
     scale: float | None = None,
 ) -> Recurrence:
     """PaTH attention over values (batch, time, head, channel), one state per token.
@@ -172,11 +186,13 @@ def path_attention_recurrence(
     direction w is to have length one, write_strength beta in (0, 2). log_decay = log f <= 0 adds
     sum_{j < i <= t} log f_i to the logit (PaTH-FoX); the released reference multiplies that sum by
     scale as well: pass scale x log f for its numbers. scale is width^(-1/2) unless given. Groups
-    of keys serve consecutive heads. Cost O(length^2 (width + chunk)), memory O(length width) and
-    a block of rows. Raises DsfShapeError. Source: Yang et al. (2025), arXiv 2505.16381, section 3.
+    of keys serve consecutive heads. Tokens that key_mask hides are not read and read nothing
+    (that they reflect nothing is for write_strength to say). Cost O(length^2 (width + chunk)),
+    memory O(length width) and a block of rows. Raises DsfShapeError. Source: Yang et al. (2025),
+    arXiv 2505.16381, section 3.
     """
     check_query_key(f"dsf.{SYSTEM}_recurrence", query, key)
-    rows = PathRows(query, key, direction, write_strength, log_decay, scale=scale)
+    rows = PathRows(query, key, direction, write_strength, log_decay, key_mask, scale=scale)
     if faults := rows.shape_faults():
         raise DsfShapeError(f"dsf.{SYSTEM}_recurrence: " + "\n  ".join(faults))
     return cache_recurrence(SYSTEM, rows)
