@@ -7,11 +7,13 @@ negative shares, absolute mass with its bound, and the shares of the orders, at 
 linear attention and softmax over the same queries and keys. No map is made: sums and squares come
 from scans, the signs of the radial rows from their ordered logits, and what needs every weight of
 a row from rows read whole: log-spaced ones for the curves, a stratified sample for the means,
-which then have a standard error. Writes the data set, a table with what each number took, and the
+which then have a standard error; with --exact from every row, in tiles: no faster way is known
+that is exact. Writes the data set, a table with what each number took, and the
 figure, and reports its peak memory and time.
 
     python analyses/long_rows.py                    # 131,072 tokens, 8 heads: minutes, < 2 GB
     python analyses/long_rows.py --length 4096 --rows 16 --out results/short
+    python analyses/long_rows.py --exact            # every row: minutes a head
 """
 
 from __future__ import annotations
@@ -46,7 +48,17 @@ AT_ONCE = {"radial": 8, "full": 2, "linear": 4, "softmax": 8}
 """Heads measured together: as many as leave the memory below 2 GB."""
 SIGNED = ("negative_count_share", "negative_mass", "l1_mass")
 SUMS = ("row_sum", "scaled_spread")
-COLUMNS = ("system", "quantity", "mean", "standard_error", "largest", "rows", "seconds", "method")
+OF_SOFTMAX = (*SUMS, "entropy", "participation")
+COLUMNS: tuple[str, ...] = (
+    "system",
+    "quantity",
+    "mean",
+    "standard_error",
+    "largest",
+    "rows",
+    "seconds",
+    "method",
+)
 
 
 class Heads:
@@ -131,11 +143,15 @@ def measure(args: argparse.Namespace) -> tuple[xr.Dataset, list[dict[str, Any]]]
         heads.s, heads.first, heads.higher)[["mass_bound"]], "all")  # fmt: skip
     keep("radial", orders, "all")
     keep("full", statistics("full", SUMS), "all")
-    keep("full", statistics("full", SIGNED, at), "curve")
-    keep("full", statistics("full", SIGNED, args.rows), "sample")
     keep("linear", statistics("linear", SUMS), "all")
-    keep("softmax", statistics("softmax", SUMS, at), "curve")
-    keep("softmax", statistics("softmax", SUMS, args.rows), "sample")
+    if args.exact:
+        keep("full", full_signs, "all")
+        keep("softmax", statistics("softmax", OF_SOFTMAX), "all")
+    else:
+        keep("full", statistics("full", SIGNED, at), "curve")
+        keep("full", statistics("full", SIGNED, args.rows), "sample")
+        keep("softmax", statistics("softmax", OF_SOFTMAX, at), "curve")
+        keep("softmax", statistics("softmax", OF_SOFTMAX, args.rows), "sample")
     flags = {name: getattr(args, name) for name in ("length", "width", "seed", "logit_std")}
     attrs = {**flags, "input": "independent Gaussian tokens", "dsf_version": dsf.__version__,
              "torch_version": torch.__version__}  # fmt: skip
@@ -158,6 +174,12 @@ def layer_parts(args: argparse.Namespace) -> tuple[Tensor, ...]:
         drawn = args.logit_std * torch.randn(1, args.length, args.heads)
         logits = drawn if args.logit_std else layer.logits(x)
         return query, key, logits, gates.first, gates.higher
+
+
+def full_signs(heads: Heads) -> xr.Dataset:
+    """Signs and mass of every full row, every pair of tokens looked at."""
+    gates = (heads.s, heads.first, heads.higher)
+    return measures.zero_sum_signs(*gates, query=heads.q, key=heads.k)
 
 
 def orders(heads: Heads) -> xr.Dataset:
@@ -262,6 +284,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=8)
     add("--width", type=int, default=128, help="of the layer: heads times the width of a head")
     add("--rows", type=int, default=32, help="rows sampled where every weight is needed")
+    add("--exact", action="store_true", help="every row instead: O(length^2) time, same memory")
     add("--logit-std", type=float, default=1.0, help="of the logits; 0: the layer's own")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=2)

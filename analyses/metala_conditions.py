@@ -24,7 +24,7 @@ from torch import Tensor
 import dsf
 from dsf import plot
 from dsf._panels import new_figure
-from dsf.measures.conditions import FAMILIES, conditions, static_approximation
+from dsf.measures.linear_conditions import FAMILIES, conditions, static_approximation
 
 BUILT = 64
 """Tokens of the map that is built as a recurrence: it takes a state for every token."""

@@ -40,7 +40,7 @@ SUMMARY = {
 }  # fmt: skip
 """What stands for a head where a measure has many values for it; the mean unless named here."""
 
-_AVERAGED = ("batch", "channel", "query", "time", "state", "step", "output", "input")
+_AVERAGED = ("batch", "channel", "query", "key", "time", "state", "step", "output", "input")
 MANY_PAIRS = 16
 """Above this many pairs of input and output, a head is measured by channels onto themselves."""
 

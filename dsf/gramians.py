@@ -52,22 +52,24 @@ def gramian(
         raise DsfValueError(
             f"dsf.gramian: kind: expected reachability or observability, got {kind!r}."
         )
-    r = plain(recurrence)
-    batch, length, head = r.lead_shape()
-    n = r.n_state
-    if length == 1 and horizon is None:
-        return _stationary(r, kind, strict)
+    batch, length, head = recurrence.lead_shape()
     if length > 1 and horizon is not None:
         raise DsfValueError(
             f"dsf.gramian: horizon: expected None for a system of {length} steps of its own, got "
             f"{horizon}. Cut it with dsf.slice_time."
         )
     length = horizon or length
+    paired = recurrence.real_output and recurrence.dtype.is_complex
+    n = recurrence.n_state * (2 if paired else 1)
     require_memory(
         "dsf.gramian", "Gramians", ("batch", "time", "head", "state", "state"),
-        (batch, length, head, n, n), r.dtype, device=r.device, max_memory=max_memory,
+        (batch, length, head, n, n), torch.promote_types(recurrence.dtype, torch.float64),
+        device=recurrence.device, max_memory=max_memory,
         advice="Measure fewer steps with dsf.slice_time.",
     )  # fmt: skip
+    r = plain(recurrence)
+    if r.length == 1 and horizon is None:
+        return _stationary(r, kind, strict)
     steps = _reached(r, length) if kind == "reachability" else _seen(r, length, strict)
     return torch.stack(steps, dim=1)
 

@@ -17,6 +17,7 @@ from dsf.shapes import Float, Int
 from dsf.state_factors import (
     plain,
     reached_factors,
+    require_double,
     require_stable,
     seen_factors,
     stationary_factors,
@@ -133,6 +134,7 @@ def stationary_hankel_values(
     system is time-invariant with spectral radius below 1. Cost O(state^3).
     Source: Demmel (1999) for Cauchy-like matrices; Drmac (1998) for singular values of products.
     """
+    require_double("dsf.stationary_hankel_values", recurrence)
     r = recurrence.dense_factors().to(torch.float64)
     if r.length != 1:
         raise DsfValueError(

@@ -70,6 +70,10 @@ def realise(
     length = square("dsf.realise", attention_map)
     _check(tolerance, form, gauge, side, budget, max_state, length)
     wide = torch.complex128 if attention_map.is_complex() else torch.float64
+    require_memory(
+        "dsf.realise", "map", ("batch", "head", "query", "key"), attention_map.shape, wide,
+        device=attention_map.device, advice="Realise fewer heads, or dsf.reduce the system.",
+    )  # fmt: skip
     M = attention_map.detach().to(wide)
     used = side or _sides(M)
     rule = _Rule(tolerance, budget, max_state, gauge)

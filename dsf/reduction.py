@@ -5,22 +5,37 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from dsf.algebra import parallel
-from dsf.errors import DsfValueError
-from dsf.hankel import UNIT
+from dsf.errors import DsfTypeError, DsfValueError
+from dsf.map_distances import map_distance, map_norm
 from dsf.memory import require_memory
 from dsf.recurrence import Recurrence
-from dsf.shapes import Float
-from dsf.state_factors import at, plain, reached_factors, seen_factors, stationary_factors
-from dsf.transitions import Dense
+from dsf.state_factors import (
+    at,
+    initial_columns,
+    plain,
+    reached_factors,
+    seen_factors,
+    stationary_factors,
+    triangle,
+)
 from dsf.transitions._base import mm
+from dsf.truncations import (
+    Kept,
+    balanced_steps,
+    disjoint_halves,
+    dropped_values,
+    projection,
+    sequential_steps,
+)
+from dsf.wrappers import Anticausal, Bidirectional, recurrences
 
 Method = Literal["balanced", "sequential"]
+Reducible = TypeVar("Reducible", Recurrence, Anticausal, Bidirectional)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +45,20 @@ class Reduction:
     Fields
     ------
     error: ||E||_F of E = map - its reduction, exact; of a time-invariant system the root of the
-        energy of E's impulse response.
+        energy of E's impulse response. An initial state counts as one more input before the first
+        step, one for each of its channels.
     norm: the same of the map itself.
-    n_state: states kept at every step.
+    n_state: states kept at every step; of a bidirectional system in both directions together.
     lower_bound: max_t sqrt(sum_{k>n_t} sigma_k(t)^2): no system with these sizes does better.
     upper_bound: sqrt(sum_t sum_{k>n_t} sigma_k(t)^2); "sequential" is never above it. The two
         say nothing of a time-invariant system: 0 and infinity.
     spectral_bound: 2 sum_k sup_t sigma_k(t) over what was discarded. Balanced truncation of a
         time-invariant system never exceeds it in spectral norm, nor of a time-varying one whose
-        discarded values are constant or monotone in time; otherwise it is a guide.
+        discarded values are constant or monotone in time; otherwise, and without the diagonal
+        (strict), it is a guide.
+
+    The halves of a bidirectional system share no entry of the map: squares add up, spectral
+    bounds too.
     """
 
     error: Tensor
@@ -51,13 +71,13 @@ class Reduction:
 
 
 def reduce(
-    recurrence: Recurrence,
+    recurrence: Reducible,
     states: int | Sequence[int] | None = None,
     tol: float | None = None,
     *,
     method: Method | None = None,
     max_memory: int | None = None,
-) -> tuple[Recurrence, Reduction]:
+) -> tuple[Reducible, Reduction]:
     """The same system with fewer states, and what that costs; no length x length array.
 
     balanced:    O_t L_t = U S V^H,  T_t = S^{-1/2} U^H O_t,  T_t^+ = L_t V S^{-1/2},
@@ -67,51 +87,44 @@ def reduce(
 
     with L_t L_t^H and O_t^H O_t the reachability and observability Gramians (own output counted),
     kept as triangular factors; S at step t holds the singular values of map[t:, :t] (1-based,
-    ends included), those of the already reduced past if sequential. D stays.
+    ends included), those of the already reduced past if sequential. D stays. An initial state h_0
+    is what an input before the first step has written: L_0 L_0^H = h_0 h_0^H, h'_0 = T_0 h_0
+    (sequential: the same decomposition of O_0 h_0).
 
     Parameters
     ----------
     recurrence: time-varying, or time-invariant and stable (time of size 1: balanced over all
-        time). Complex ones with `real_output` become real, of twice the states.
-    states: so many at most, one number or one a step. A cut where alone states are dropped gets
-        the best approximation of its block that there is (Eckart and Young).
+        time). Complex ones with `real_output` become real, of twice the states. An Anticausal
+        is reduced in its own order of time; a Bidirectional in both directions, after the
+        diagonal of the later half has been moved to D of the causal one.
+    states: so many at most, one number or one a step (of a bidirectional system: in each
+        direction). A cut where alone states are dropped gets the best approximation of its block
+        that there is (Eckart and Young).
     tol: instead: as few as keep ||E||_F <= tol ||map||_F, certified. Sequential: what a step
         loses is orthogonal to what the others lose, so that the sum is known while computing.
     method: "balanced" by default with states, "sequential" with tol.
 
-    Returns the reduced recurrence (dense A, sizes that vary padded with zeros) and a `Reduction`.
-    Cost O(length state^3) time, O(length state^2) memory. Raises DsfValueError on impossible
-    options, an initial state, or an unstable time-invariant system; DsfMemoryError before what
-    would not fit. Source: Moore (1981); Dewilde and van der Veen (1998); Sandberg and Rantzer
-    (2004) for the bounds.
+    Returns the reduced system (dense A, sizes that vary padded with zeros) and a `Reduction`.
+    Cost O(length state^3) time, O(length state^2) memory. Raises DsfTypeError on gated systems,
+    DsfValueError on impossible options or an unstable time-invariant system; DsfMemoryError
+    before what would not fit. Source: Moore (1981); Dewilde and van der Veen (1998); Sandberg and
+    Rantzer (2004) for the bounds; Heinkenschloss et al. (2011) for initial states.
     """
-    r, sizes, used = _checked(recurrence, states, tol, method)
-    if r.length == 1:
-        return _reduce_stationary(r, sizes[0], tol)
-    batch, length, head = r.lead_shape()
-    n = r.n_state
-    require_memory(
-        "dsf.reduce", "factors", ("part", "batch", "time", "head", "state", "state"),
-        (3, batch, length, head, n, n), r.dtype, device=r.device, max_memory=max_memory,
-        advice="Reduce stretches of it made by dsf.slice_time.",
-    )  # fmt: skip
-    seen = list(seen_factors(r, length, strict=False))[::-1]
-    reached = list(reached_factors(r, length))
-    sigma = torch.stack([torch.linalg.svdvals(mm(o, f)) for o, f in zip(seen, reached,
-                         strict=True)], 2)  # (batch, head, time, state)  # fmt: skip
-    norm = _frobenius(r, reached)
-    if used == "balanced":
-        A, B, C, kept = _balanced(r, seen, reached, sizes)
+    if isinstance(recurrence, Recurrence | Anticausal | Bidirectional):
+        for r in recurrences(recurrence):
+            _require_factors(r, max_memory)
+    if isinstance(recurrence, Bidirectional):
+        found = _reduce_halves(recurrence, states, tol, method)
+    elif isinstance(recurrence, Anticausal):
+        found = _reduce_later(recurrence, states, tol, method)
+    elif isinstance(recurrence, Recurrence):
+        found = _reduce_one(recurrence, states, tol, method)
     else:
-        budget = None if tol is None else (tol * norm) ** 2
-        A, B, C, kept = _sequential(r, seen, sizes, budget)
-    width = max(1, int(kept.amax()))
-    gauge = "balanced" if used == "balanced" else "input-normal"
-    small = Recurrence(
-        Dense(A[..., :width, :width]), B[..., :width, :], C[..., :width], r.D,
-        system=r.system, mode=r.mode, gauge=gauge,
-    )  # fmt: skip
-    return small, _report(r, small, norm, sigma, kept, used)
+        raise DsfTypeError(
+            f"dsf.reduce: recurrence: expected a Recurrence, Anticausal or Bidirectional, got "
+            f"{type(recurrence).__name__}. Reduce what is inside a gate and gate the result."
+        )
+    return cast("tuple[Reducible, Reduction]", found)
 
 
 def balance(recurrence: Recurrence, *, max_memory: int | None = None) -> Recurrence:
@@ -123,143 +136,139 @@ def balance(recurrence: Recurrence, *, max_memory: int | None = None) -> Recurre
     return reduce(recurrence, recurrence.n_state * 2, max_memory=max_memory)[0]
 
 
-# -- the two ways ------------------------------------------------------------------------------
+# -- the two directions ------------------------------------------------------------------------
 
 
-def _balanced(
-    r: Recurrence, seen: list[Tensor], reached: list[Tensor], sizes: list[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    down, up, kept = [], [], []
-    for o, f, most in zip(seen, reached, sizes, strict=True):
-        T, back, n = _projection(o, f, most)
-        down.append(T)
-        up.append(back)
-        kept.append(n)
-    T, back = torch.stack(down, 1), torch.stack(up, 1)
-    before = torch.cat([torch.zeros_like(back[:, :1]), back[:, :-1]], 1)
-    B, C = r.dense_input_output()
-    A = mm(mm(T, r.dense_transition()), before)
-    return A, mm(T, B), mm(C, back), torch.stack(kept, -1)
-
-
-def _projection(o: Tensor, f: Tensor, most: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """T = S^{-1/2} U^H O and its inverse L V S^{-1/2}, cut to `most` states above rounding."""
-    U, sigma, Vh = torch.linalg.svd(mm(o, f))
-    noise = sigma.shape[-1] * UNIT * torch.linalg.matrix_norm(o) * torch.linalg.matrix_norm(f)
-    most = torch.as_tensor(most, device=sigma.device)
-    index = torch.arange(sigma.shape[-1], device=sigma.device)
-    used = (sigma > noise[..., None]) & (index < most[..., None])
-    root = torch.where(used, sigma, 1.0).rsqrt() * used
-    T = root[..., :, None] * mm(U.mH, o)
-    return T, mm(f, Vh.mH) * root[..., None, :], used.sum(-1)
-
-
-def _sequential(
-    r: Recurrence, seen: list[Tensor], sizes: list[int], budget: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, length, head = r.lead_shape()
-    n = r.n_state
-    R = r.A.at(0).apply(torch.zeros(batch, head, n, n, dtype=r.dtype, device=r.device))
-    R = R.to(r.dtype)
-    lost = torch.zeros(batch, head, dtype=torch.float64, device=r.device)
-    steps, kept = [], []
-    index = torch.arange(n, device=r.device)
-    for t in range(length):
-        written = at(r.B, t).to(r.dtype).expand(batch, head, n, -1)
-        carried = torch.cat([r.A.at(t).apply(R).to(r.dtype), written], -1)
-        _, sigma, Zh = torch.linalg.svd(mm(seen[t], carried), full_matrices=False)
-        noise = n * UNIT * torch.linalg.matrix_norm(seen[t]) * torch.linalg.matrix_norm(carried)
-        tails = torch.flip(torch.cumsum(torch.flip(sigma**2, (-1,)), -1), (-1,))
-        count = (sigma > noise[..., None]).sum(-1).clamp(max=sizes[t])
-        if budget is not None:
-            room = (budget - lost).clamp(min=0) * (1 - 1e-12)
-            count = torch.minimum(count, (tails > room[..., None]).sum(-1))
-        used = index < count[..., None]
-        lost = lost + (sigma**2 * ~used).sum(-1)
-        Z = Zh * used[..., None]
-        R = mm(carried, Z.mH)
-        steps.append((Z[..., :n], Z[..., n:], mm(at(r.C, t), R)))
-        kept.append(count)
-    A, B, C = (torch.stack(x, 1) for x in zip(*steps, strict=True))
-    return A, B, C, torch.stack(kept, -1)
-
-
-def _reduce_stationary(
-    r: Recurrence, states: int, tol: float | None
-) -> tuple[Recurrence, Reduction]:
-    reached, seen = stationary_factors(r)
-    sigma = torch.linalg.svdvals(mm(seen, reached))[:, :, None]
-    norm = _frobenius(r, [reached])
-    B, C = r.dense_input_output()
-    most = torch.full(norm.shape, states if tol is None else 0, device=r.device)
-    while True:
-        T, back, kept = _projection(seen, reached, most)
-        A = mm(mm(T[:, None], r.dense_transition()), back[:, None])
-        width = max(1, int(kept.amax()))
-        small = Recurrence(
-            Dense(A[..., :width, :width]), mm(T[:, None], B)[..., :width, :],
-            mm(C, back[:, None])[..., :width], r.D, system=r.system, mode=r.mode,
-            gauge="balanced",
-        )  # fmt: skip
-        found = _report(r, small, norm, sigma, kept[..., None], "balanced")
-        short = found.error > (math.inf if tol is None else tol) * norm
-        if not bool((short & (most < r.n_state)).any()):
-            return small, found
-        most = most + (short & (most < r.n_state)).long()
-
-
-# -- figures -----------------------------------------------------------------------------------
-
-
-def _report(
-    r: Recurrence, small: Recurrence, norm: Tensor, sigma: Tensor, kept: Tensor, method: Method
-) -> Reduction:
-    index = torch.arange(sigma.shape[-1], device=sigma.device)
-    dropped = sigma * (index >= kept[..., None])
-    tails = (dropped**2).sum(-1)
-    stationary = r.length == 1
-    return Reduction(
-        map_distance(r, small), norm, kept,
-        torch.zeros_like(norm) if stationary else tails.amax(-1).sqrt(),
-        torch.full_like(norm, math.inf) if stationary else tails.sum(-1).sqrt(),
-        2 * dropped.amax(-2).sum(-1), method,
+def _reduce_halves(
+    system: Bidirectional, states: int | Sequence[int] | None, tol: float | None,
+    method: Method | None,
+) -> tuple[Bidirectional, Reduction]:  # fmt: skip
+    """Both halves apart, each within tol / sqrt 2 of the norm of the whole map."""
+    causal, later = disjoint_halves(system)
+    sizes = max(causal.length, later.recurrence.length)
+    _check(sizes, states, tol, method)
+    limit = None
+    if tol is not None:
+        norms = map_norm(causal), map_norm(later.recurrence.flip_time(), strict=True)
+        limit = tol * torch.hypot(*norms) / math.sqrt(2)
+    one, first = _reduce_one(causal, states, tol, method, limit)
+    two, second = _reduce_later(later, states, tol, method, limit)
+    both = {
+        name: torch.hypot(getattr(first, name), getattr(second, name))
+        for name in ("error", "norm", "lower_bound", "upper_bound")
+    }
+    return Bidirectional(one, two), Reduction(
+        **both, n_state=first.n_state + second.n_state, method=first.method,
+        spectral_bound=first.spectral_bound + second.spectral_bound,
     )  # fmt: skip
 
 
-def map_distance(a: Recurrence, b: Recurrence) -> Float[Tensor, "batch head"]:
-    """||map of a - map of b||_F from the states, (batch, head), to rounding of the larger one.
-
-    The difference is a system of both states; row t of its map has the norm of C_t L_t, L_t the
-    triangular factor of the states reached. Time-invariant systems: the root of the energy of the
-    difference's impulse response. Cost O(length (n_a + n_b)^3).
-    """
-    a, b = plain(a), plain(b)
-    D = None if b.D is None else -b.D
-    gap = parallel(a, b.replace(C=-b.dense_input_output()[1], D=D))
-    if gap.length == 1:
-        return _frobenius(gap, [stationary_factors(gap)[0]])
-    return _frobenius(gap, list(reached_factors(gap, gap.length)))
+def _reduce_later(
+    system: Anticausal, states: int | Sequence[int] | None, tol: float | None,
+    method: Method | None, limit: Tensor | None = None,
+) -> tuple[Anticausal, Reduction]:  # fmt: skip
+    """In the order in which it runs, and back."""
+    given = states if states is None or isinstance(states, int) else list(states)[::-1]
+    r = system.recurrence.flip_time()
+    small, found = _reduce_one(r, given, tol, method, limit, strict=system.strict)
+    turned = dataclasses.replace(found, n_state=found.n_state.flip(-1))
+    return Anticausal(small.flip_time(), system.strict), turned
 
 
-def _frobenius(r: Recurrence, reached: list[Tensor]) -> Tensor:
-    """sqrt(sum_t ||C_t A_t L_{t-1}||^2 + ||C_t B_t + D_t||^2)."""
-    total = torch.zeros(reached[0].shape[:2], dtype=torch.float64, device=r.device)
-    for t, factor in enumerate(reached):
-        if r.D is None:
-            total = total + torch.linalg.matrix_norm(mm(at(r.C, t), factor)) ** 2
-            continue
-        earlier = factor if len(reached) == 1 and r.length == 1 else (
-            reached[t - 1] if t else torch.zeros_like(factor))  # fmt: skip
-        past = mm(at(r.C, t), r.A.at(t).apply(earlier).to(factor.dtype))
-        own = mm(at(r.C, t), at(r.B, t)) + at(r.D, t)
-        total = total + torch.linalg.matrix_norm(past) ** 2 + torch.linalg.matrix_norm(own) ** 2
-    return total.sqrt()
+# -- one direction -----------------------------------------------------------------------------
 
 
-def _checked(
+def _reduce_one(
     recurrence: Recurrence, states: int | Sequence[int] | None, tol: float | None,
-    method: Method | None,
-) -> tuple[Recurrence, list[int], Method]:  # fmt: skip
+    method: Method | None, limit: Tensor | None = None, *,
+    strict: bool = False,
+) -> tuple[Recurrence, Reduction]:  # fmt: skip
+    """`limit`: the error that `tol` allows, tol ||map||_F unless given. `strict`: no diagonal."""
+    sizes, used = _check(recurrence.length, states, tol, method)
+    r = plain(recurrence)
+    sizes = [2 * recurrence.n_state] * r.length if sizes is None else sizes
+    norm = map_norm(r, strict=strict)
+    if tol is not None and limit is None:
+        limit = tol * norm
+    if r.length == 1:
+        return _reduce_stationary(r, sizes[0], limit, norm, strict)
+    length = r.length
+    start, first = initial_columns(r)
+    seen = list(seen_factors(r, length, strict=False))[::-1]
+    before = r.A.at(0).apply_transposed(seen[0].mT).mT.to(r.dtype).expand(seen[0].shape)
+    seen = [triangle(before, r.n_state), *seen]
+    reached = [first, *reached_factors(r, length, first)]
+    if used == "balanced":
+        kept = balanced_steps(r, seen, reached, sizes, start)
+    else:
+        kept = sequential_steps(r, seen, sizes, None if limit is None else limit**2, start)
+    small = kept.recurrence(r, "balanced" if used == "balanced" else "input-normal")
+    blocks = [mm(o, f) for o, f in zip(seen, reached, strict=True)]
+    sigma = torch.stack([torch.linalg.svdvals(x) for x in blocks], 2)  # step 0 is h_0's
+    sizes_kept = kept.n_state
+    n_start = torch.zeros_like(norm, dtype=torch.long) if kept.n_start is None else kept.n_start
+    dropped = dropped_values(sigma, torch.cat([n_start[..., None], sizes_kept], -1))
+    certain = dropped
+    if strict:  # the diagonal need not be carried
+        passed = [mm(o, f) for o, f in zip([*list(seen_factors(r, length, strict=True))[::-1]],
+                                           reached[1:], strict=True)]  # fmt: skip
+        sigma = torch.stack([torch.linalg.svdvals(x) for x in passed], 2)
+        certain = dropped_values(sigma, sizes_kept)
+    return small, Reduction(
+        map_distance(r, small, strict=strict), norm, sizes_kept,
+        (certain**2).sum(-1).amax(-1).sqrt(), (dropped**2).sum((-2, -1)).sqrt(),
+        2 * dropped.amax(-2).sum(-1), used,
+    )  # fmt: skip
+
+
+def _reduce_stationary(
+    r: Recurrence, states: int, limit: Tensor | None, norm: Tensor, strict: bool
+) -> tuple[Recurrence, Reduction]:
+    start, _ = initial_columns(r)
+    B, C = r.dense_input_output()
+    batch, _, head = r.lead_shape()
+    written = at(B, 0).to(r.dtype).expand(batch, head, r.n_state, -1)
+    written = written if start is None else torch.cat([written, start], -1)
+    whole = r.replace(B=written[:, None], D=None, initial_state=None)
+    reached, seen = stationary_factors(whole)
+    sigma = torch.linalg.svdvals(mm(seen, reached))[:, :, None]
+    most = torch.full(norm.shape, states if limit is None else 0, device=r.device)
+    while True:
+        T, back, kept = projection(seen, reached, most)
+        A = mm(mm(T[:, None], r.dense_transition()), back[:, None])
+        first = None if start is None else mm(T, start)
+        steps = Kept(A, mm(T[:, None], B), mm(C, back[:, None]), kept[..., None], first, kept)
+        small = steps.recurrence(r, "balanced")
+        error = map_distance(r, small, strict=strict)
+        short = error > (torch.full_like(error, math.inf) if limit is None else limit)
+        if not bool((short & (most < r.n_state)).any()):
+            dropped = dropped_values(sigma, kept[..., None])
+            return small, Reduction(
+                error, norm, kept[..., None], torch.zeros_like(norm),
+                torch.full_like(norm, math.inf), 2 * dropped.amax(-2).sum(-1), "balanced",
+            )  # fmt: skip
+        most = most + (short & (most < r.n_state)).long()
+
+
+# -- checks ------------------------------------------------------------------------------------
+
+
+def _require_factors(recurrence: Recurrence, max_memory: int | None) -> None:
+    """Refuse a system whose factors do not fit, before anything is made of it."""
+    paired = recurrence.real_output and recurrence.dtype.is_complex
+    n = recurrence.n_state * (2 if paired else 1)
+    batch, length, head = recurrence.lead_shape()
+    double = torch.promote_types(recurrence.dtype, torch.float64)
+    require_memory(
+        "dsf.reduce", "factors", ("part", "batch", "time", "head", "state", "state"),
+        (3, batch, length, head, n, n), double, device=recurrence.device, max_memory=max_memory,
+        advice="Reduce stretches of it made by dsf.slice_time.",
+    )  # fmt: skip
+
+
+def _check(
+    length: int, states: int | Sequence[int] | None, tol: float | None, method: Method | None
+) -> tuple[list[int] | None, Method]:
     if (states is None) == (tol is None):
         raise DsfValueError(
             f"dsf.reduce: states, tol: expected one of the two, got states={states}, tol={tol}."
@@ -267,7 +276,7 @@ def _checked(
     if tol is not None and not 0 <= tol < 1:
         raise DsfValueError(f"dsf.reduce: tol: expected in [0, 1), got {tol}.")
     used: Method = method or ("balanced" if tol is None else "sequential")
-    fixed = recurrence.length == 1
+    fixed = length == 1
     fits = method is None or (method == "balanced" and (fixed or tol is None)) or (
         method == "sequential" and not fixed)  # fmt: skip
     if not fits:
@@ -275,18 +284,10 @@ def _checked(
             f"dsf.reduce: method: expected 'balanced' for a time-invariant system, 'sequential' "
             f"for tol of any other, or either for states, got {method!r}."
         )
-    length = recurrence.length
-    sizes = [states] * length if isinstance(states, int) else list(states or [])
-    sizes = [2 * recurrence.n_state] * length if states is None else sizes
-    if len(sizes) != length or any(n < 0 for n in sizes):
+    sizes = [states] * length if isinstance(states, int) else states
+    if sizes is not None and (len(sizes) != length or any(n < 0 for n in sizes)):
         raise DsfValueError(
             f"dsf.reduce: states: expected one number or {length} of them, none negative, got "
             f"{states}; the recurrence fixes the length."
         )
-    if recurrence.initial_state is not None:
-        raise DsfValueError(
-            "dsf.reduce: initial_state: expected None, got one, which no truncation of states "
-            "accounts for. Replace it by None."
-        )
-    r = plain(recurrence)
-    return r, sizes, used
+    return None if sizes is None else list(sizes), used

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsf.algebra import realified
 from dsf.errors import DsfValueError
+from dsf.memory import require_memory
 from dsf.recurrence import Recurrence
 from dsf.transitions import Diagonal, Identity
 from dsf.transitions._decay import Decay
@@ -18,8 +19,18 @@ from dsf.transitions._decay import Decay
 def plain(recurrence: Recurrence) -> Recurrence:
     """Double precision, dense B and C, and no real part to take: what the factors work on."""
     r = recurrence
+    require_double("dsf.plain", r)
     paired = r.real_output and r.dtype.is_complex
     return (realified(r) if paired else r.dense_factors()).to(torch.float64)
+
+
+def require_double(function: str, r: Recurrence) -> None:
+    """Raise DsfMemoryError when B and C in double precision would not fit: they may be views."""
+    many = sum(x.numel() for x in (r.B, r.C) if isinstance(x, Tensor))
+    require_memory(
+        function, "B and C", ("number",), (many,), torch.float64, device=r.device,
+        advice="Take fewer samples or heads at a time, or stretches made by dsf.slice_time.",
+    )  # fmt: skip
 
 
 def at(x: Tensor | object, t: int) -> Tensor:
@@ -28,14 +39,29 @@ def at(x: Tensor | object, t: int) -> Tensor:
     return x[:, t if x.shape[1] > 1 else 0]
 
 
-def reached_factors(r: Recurrence, length: int) -> Iterator[Tensor]:
-    """L_t with W_t = L_t L_t^H for t = 1..length, by QR: the Gramian itself is never formed."""
-    factor = nothing_yet(r)
+def reached_factors(r: Recurrence, length: int, start: Tensor | None = None) -> Iterator[Tensor]:
+    """L_t with W_t = L_t L_t^H for t = 1..length, by QR: the Gramian itself is never formed.
+
+    start: L_0, zeros unless given.
+    """
+    factor = nothing_yet(r) if start is None else start
     for t in range(length):
         moved = r.A.at(t).apply(factor).to(r.dtype).expand(factor.shape)
         written = at(r.B, t).to(r.dtype).expand(*factor.shape[:-1], -1)
         factor = triangle(torch.cat([moved, written], -1).mT, r.n_state).mT
         yield factor
+
+
+def initial_columns(r: Recurrence) -> tuple[Tensor | None, Tensor]:
+    """h_0 as what an input before the first step has written, (batch, head, state, channel).
+
+    And L_0, its triangular factor: zeros where there is no initial state, which is None then.
+    """
+    if r.initial_state is None:
+        return None, nothing_yet(r)
+    batch, _, head = r.lead_shape()
+    start = r.initial_state.to(r.dtype).expand(batch, head, r.n_state, -1)
+    return start, triangle(start.mT, r.n_state).mT
 
 
 def seen_factors(r: Recurrence, length: int, *, strict: bool) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from dsf import report, results
 from dsf.comparison import compare, own_channels, take_heads
 from dsf.errors import DsfTypeError, DsfUnsupportedError, DsfValueError
 from dsf.findings import findings
-from dsf.transitions import Diagonal
+from dsf.transitions import Diagonal, Identity
 
 LENGTH, WIDTH = 9, 8
 FLOAT32_ERROR = 1e-5
@@ -57,6 +57,32 @@ def test_injectivity_brings_a_verdict_and_the_colliding_queries() -> None:
     assert rows[0]["injectivity_query_pair"].startswith("(")
     assert rows[1]["injectivity_query_pair"] == ""
     assert report.rows_of(table, by="layer")[0]["injectivity_verdict"] == "1 no"
+
+
+def test_what_softmax_heads_have_alone_stands_beside_the_others() -> None:
+    """degrees_of_freedom, token_leverage, taylor_growth by name; other systems say why not."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, LENGTH, 2, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    rows = dsf.SoftmaxRows(q, k)
+    softmax = dsf.Recurrence(Identity(LENGTH), dsf.OneHot(LENGTH, LENGTH), rows)
+    names = ["degrees_of_freedom", "token_leverage", "taylor_growth", "row_sum"]
+    table = compare({"softmax": softmax, "example": system(2)}, measures=names)
+    one = table.sel(system="softmax", layer=0)
+    freedom = dsf.measures.degrees_of_freedom(softmax)
+    scores = dsf.measures.token_leverage(softmax)
+    for own in ("by_norm", "by_trace", "absolute", "top_share"):
+        assert np.allclose(one[f"degrees_of_freedom_{own}"], freedom[own][0], atol=ROUNDING)
+    for own, axis in (("of_query", "query"), ("of_key", "key")):
+        expected = scores[own].mean(axis)[0]
+        assert np.allclose(one[f"token_leverage_{own}"], expected, atol=ROUNDING)
+        assert np.allclose(LENGTH * expected, freedom.by_norm[0], rtol=1e-9)
+    growth = dsf.measures.taylor_growth(softmax)
+    assert np.allclose(one["taylor_growth_row_error"], growth.row_error[0], atol=ROUNDING)
+    other = table.sel(system="example", layer=0)
+    assert other["degrees_of_freedom_by_norm"].isnull().all()
+    refused = json.loads(table.attrs["not_measured"])
+    assert set(refused) == {f"example, layer 0, {name}" for name in names[:3]}
+    assert all("expected a softmax system" in text for text in refused.values())
 
 
 def test_models_report_how_far_their_recurrence_is_from_their_output() -> None:

@@ -7,7 +7,7 @@ import torch
 
 import dsf
 from dsf.errors import DsfShapeError, DsfUnsupportedError, DsfValueError
-from dsf.measures.conditions import (
+from dsf.measures.linear_conditions import (
     FAMILIES,
     Family,
     conditions,

@@ -7,7 +7,7 @@ import torch
 
 import dsf
 from dsf.errors import DsfTypeError, DsfValueError
-from dsf.measures.nearest_attention import attention_steps, history_scaled, nearest_attention
+from dsf.measures.nearest_attentions import attention_steps, history_scaled, nearest_attention
 from dsf.measures.state_expansions import expand_state, expansion_error
 from dsf.models.linear_attention import linear_attention_recurrence
 from dsf.models.mamba import mamba_recurrence

@@ -78,17 +78,33 @@ def stable(n: int, radius: float, seed: int = 0, symmetric: bool = False) -> tor
 def test_stationary_gramians_keep_their_equation(n: int, radius: float) -> None:
     """Residual at most 100 N u (relative to |W| (1 + |A|^2)), and no negative eigenvalue."""
     for seed in range(3):
-        A = stable(n, radius, seed, symmetric=seed == 1)
-        r = dsf.Recurrence(Dense(A), random(1, 1, 1, n, 2, seed=9), random(1, 1, 1, 1, n, seed=8))
-        for kind in ("reachability", "observability"):
-            W = dsf.gramian(r, kind)[0, 0, 0]
-            M, x = (A[0, 0, 0], r.B[0, 0, 0]) if kind == "reachability" else (
-                A[0, 0, 0].mT, r.C[0, 0, 0].mT)  # fmt: skip
-            gap = torch.linalg.matrix_norm(W - M @ W @ M.mT - x @ x.mT)
-            size = torch.linalg.matrix_norm(W) * (1 + torch.linalg.matrix_norm(M, 2) ** 2)
-            assert float(gap / size) <= 100 * n * UNIT
-            eigenvalues = torch.linalg.eigvalsh(W)
-            assert float(eigenvalues[0]) >= -1e-12 * float(eigenvalues[-1])
+        equation_is_kept(n, radius, seed)
+
+
+@pytest.mark.slow
+def test_stationary_gramians_of_a_thousand_systems() -> None:
+    """Up to 256 states, radii to 1 - 1e-12, symmetric or not."""
+    sizes = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89)
+    radii = (0.3, 0.9, 0.999, 1 - 1e-6, 1 - 1e-9, 1 - 1e-12)
+    for seed in range(1000):
+        n = 256 if seed % 100 == 99 else sizes[seed % len(sizes)]
+        equation_is_kept(n, radii[seed % len(radii)], seed)
+
+
+def equation_is_kept(n: int, radius: float, seed: int) -> None:
+    A = stable(n, radius, seed, symmetric=seed % 3 == 1)
+    r = dsf.Recurrence(
+        Dense(A), random(1, 1, 1, n, 2, seed=seed + 9), random(1, 1, 1, 1, n, seed=seed + 8)
+    )
+    for kind in ("reachability", "observability"):
+        W = dsf.gramian(r, kind)[0, 0, 0]
+        M, x = (A[0, 0, 0], r.B[0, 0, 0]) if kind == "reachability" else (
+            A[0, 0, 0].mT, r.C[0, 0, 0].mT)  # fmt: skip
+        gap = torch.linalg.matrix_norm(W - M @ W @ M.mT - x @ x.mT)
+        size = torch.linalg.matrix_norm(W) * (1 + torch.linalg.matrix_norm(M, 2) ** 2)
+        assert float(gap / size) <= 100 * n * UNIT, (n, radius, seed)
+        eigenvalues = torch.linalg.eigvalsh(W)
+        assert float(eigenvalues[0]) >= -1e-12 * float(eigenvalues[-1]), (n, radius, seed)
 
 
 def test_an_eigenvalue_beside_minus_one() -> None:

@@ -100,6 +100,33 @@ def test_diagonal_systems_have_full_relative_accuracy(name: str, n: int) -> None
         assert float(sigma[0, 0, 0] / sigma[0, 0, -1]) >= 1e30
 
 
+@pytest.mark.parametrize("systems", [12, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_diagonal_systems_against_mpmath(systems: int) -> None:
+    """1 to 24 states, four families of decays, signs in every other: 1e-12 for each value."""
+    families = list(DECAYS.values())
+    decades = 0.0
+    for seed in range(systems):
+        n = 1 + (7 * seed) % 24
+        log = families[seed % 4](n) if seed % 4 != 1 else torch.log(uniform(n, seed=seed))
+        log = log[:6] if seed % 4 == 3 else log  # clustered: 72 decades already
+        n = len(log)
+        sign = torch.ones(n, dtype=torch.float64)
+        if seed % 8 > 3:
+            sign = torch.where(uniform(n, seed=seed + 5) > 0.5, 1.0, -1.0).double()
+        b, c = random(n, seed=seed + 1), random(n, seed=seed + 2)
+        A = Diagonal(log[None, None, None], sign[None, None, None])
+        r = dsf.Recurrence(A, b[None, None, None, :, None], c[None, None, None, None])
+        sigma, trusted = dsf.stationary_hankel_values(r)
+        with mpmath.workdps(DIGITS):
+            a = [int(s) * mpmath.exp(mpmath.mpf(float(x))) for s, x in zip(sign, log, strict=True)]
+            write, read = ([mpmath.mpf(float(x)) for x in v] for v in (b, c))
+            error = worst(sigma[0, 0], a, write, read)
+        assert error <= RELATIVE, (seed, n, error)
+        assert int(trusted) == n
+        decades = max(decades, float(torch.log10(sigma[0, 0, 0] / sigma[0, 0, -1])))
+    assert decades >= 30
+
+
 @pytest.mark.parametrize("real_output", [False, True])
 def test_complex_and_negative_decays_too(real_output: bool) -> None:
     n = 10

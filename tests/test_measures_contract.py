@@ -22,7 +22,9 @@ LENGTH = 7
 OF_MAPS = [n for n, f in MEASURES.items() if n not in (
     "injectivity", "local_modulus", "memory_half_life", "survival_steps", "n_state",
     "lyapunov_spectrum", "transition_eigenvalues", "monodromy_eigenvalues", "state_product_norm",
-    "stability")]  # fmt: skip
+    "stability", "degrees_of_freedom", "token_leverage", "taylor_growth")]  # fmt: skip
+OF_SOFTMAX = ("degrees_of_freedom", "token_leverage", "taylor_growth")
+"""What only queries and keys have; other systems are refused."""
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -82,6 +84,10 @@ def arrays(found: xr.DataArray | xr.Dataset) -> list[xr.DataArray]:
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("name", MEASURES)
 def test_every_measure_labels_what_it_gives(name: str, system: str) -> None:
+    if name in OF_SOFTMAX and system not in ("softmax", "encoder"):
+        with pytest.raises(DsfTypeError, match="expected a softmax system"):
+            MEASURES[name](SYSTEMS[system])
+        return
     found = MEASURES[name](SYSTEMS[system])
     for array in arrays(found):
         assert set(array.dims) <= set(AXES)
@@ -119,6 +125,9 @@ def test_tiles_are_invisible(name: str, system: str) -> None:
 def test_a_sample_alone_gives_what_it_gives_in_a_batch(name: str) -> None:
     r = diagonal()
     alone = r.replace(A=r.A.map_tensors(lambda x: x[1:]), B=r.B[1:], C=r.C[1:])
+    if name in OF_SOFTMAX:
+        r = softmax()
+        alone = r.replace(C=dsf.SoftmaxRows(r.C.query[1:], r.C.key[1:]))
     for a, b in zip(arrays(MEASURES[name](r)), arrays(MEASURES[name](alone)), strict=True):
         if "batch" in a.dims and a.dtype.kind == "f":
             np.testing.assert_allclose(a.values[1:], b.values, rtol=1e-10, atol=1e-13)
@@ -172,7 +181,9 @@ def test_an_unknown_measure_is_an_attribute_error() -> None:
 
 
 def test_memory_is_refused_before_it_is_taken() -> None:
+    """Outputs by channel have no sketch: the whole map, which does not fit."""
     far = dsf.Recurrence(Identity(2), random(1, 400_000, 1, 2, 1), random(1, 1, 1, 1, 2))
+    far = dsf.Gated(far, torch.ones(1, 1, 1, 2, dtype=torch.float64).expand(1, 400_000, 1, 2))
     for name in ("effective_rank", "stable_rank"):
         with pytest.raises(DsfError, match="GiB"):
             MEASURES[name](far)
@@ -186,3 +197,11 @@ def test_the_measures_load_nothing_heavy() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_no_function_hides_behind_its_module() -> None:
+    """`dsf.measures.principles` is the function: files have names of their own."""
+    names = [name for module in dsf.measures._modules() for name in module.__all__]
+    assert len(names) == len(set(names))
+    for name in names:
+        assert not inspect.ismodule(getattr(dsf.measures, name)), name

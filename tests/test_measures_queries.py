@@ -143,7 +143,9 @@ def test_figure_1_of_the_paper() -> None:
     """4 keys in R^2, 4 collinear queries: one row for all under linear + ReLU, not under softmax.
 
     Only the keys' components along the queries count; they follow from the printed linear row.
-    With temperature sqrt 2 the printed softmax row of the longest query comes out.
+    With temperature sqrt 2 the printed softmax row of the longest query comes out. Its InLine row
+    as printed is in no source at hand; what the scaled InLine of the code gives for the geometry
+    that the other two fix is 1/4 + (k_j - mean k) 9.6/4.
     """
     along = torch.tensor([0.3245, 0.2333, 0.2515, 0.1908], dtype=torch.float64)
     K = torch.stack([along, torch.zeros(4, dtype=torch.float64)], 1)
@@ -160,6 +162,10 @@ def test_figure_1_of_the_paper() -> None:
     inline = weight_function("dsf.test", "inline", K, "relu", 1 / (4 * 2**0.5), True)(queries)
     assert float((inline[1:] - inline[:-1]).abs().amax(-1).min()) > 0.01
     assert float((inline.sum(-1) - 1).abs().max()) <= 1e-15
+    derived = torch.tensor([0.429, 0.210, 0.254, 0.108])
+    assert float((inline[-1] - derived).abs().max()) <= PRINTED
+    by_hand = 1 / 4 + torch.linspace(0.25, 1, 4)[:, None] * (along - along.mean()) * 9.6 / 4
+    assert float((inline - by_hand).abs().max()) <= 1e-8
 
 
 # -- verdicts ----------------------------------------------------------------------------------

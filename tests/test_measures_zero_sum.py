@@ -87,6 +87,92 @@ def test_row_sums_are_the_zero_gate_and_full_rows_are_not_zero_sum() -> None:
     assert float(abs(full).max()) > 0.01
 
 
+def encoder_case(length: int, zero: bool, seed: int = 0):
+    """Logits, gates, unit vectors, and the radial and full maps by their definition."""
+    q, k, s, gates, _ = inputs(length=length, zero=zero, seed=seed)
+    maps = {}
+    for causal in (True, False):
+        radial = radial_by_definition(s, gates, causal=causal)
+        if not zero and (causal or length == 1):
+            radial[:, :, 0] = 0
+        maps[causal] = radial, radial * torch.einsum("bthd,bjhd->bhtj", q, k)
+    return q, k, s, gates, maps
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_signs_of_an_encoder_are_those_of_its_map(length: int, zero: bool) -> None:
+    """Every row sees every key: sums over the same interval, all logits in one order."""
+    _, _, s, gates, maps = encoder_case(length, zero, seed=length)
+    found = measures.zero_sum_signs(s, *gates, causal=False)
+    for name in SIGNS:
+        expected = getattr(measures, name)(maps[False][0])
+        np.testing.assert_allclose(found[name].values, expected.values, rtol=0, atol=NEAR)
+        assert found[name].attrs["direction"] == "bidirectional"
+    if not zero and length > 1:
+        assert float(abs(found.negative_mass - 0.5).max()) <= NEAR
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("length", [*LENGTHS, 300])
+def test_signs_of_full_rows_are_those_of_the_map(
+    length: int, zero: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of 7 rows and 5 keys (whole ones for 300), beside the quadratic definition."""
+    if length < 300:
+        monkeypatch.setattr("dsf.measures._zero_sum_tiles._ROWS", 7)
+        monkeypatch.setattr("dsf.measures._zero_sum_tiles._KEYS", 5)
+    q, k, s, gates, maps = encoder_case(length, zero, seed=length)
+    found = measures.zero_sum_signs(s, *gates, query=q, key=k, causal=causal)
+    for name in SIGNS:
+        expected = getattr(measures, name)(maps[causal][1])
+        if not causal:  # a map at hand that is causal is read as one: the count is over all keys
+            weights = maps[causal][1]
+            expected = {"negative_count_share": (weights < 0).double().mean(-1)}.get(
+                name, torch.as_tensor(expected.values))  # fmt: skip
+            expected = expected.numpy()
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=NEAR)
+        assert found[name].attrs["part"] == "full"
+
+
+def test_full_rows_with_logits_far_apart() -> None:
+    """A later logit 800 above the others, and an offset of 1e3: no overflow, no early effect."""
+    q, k, s, gates, _ = inputs(length=50, zero=False)
+    late = s.clone()
+    late[:, 30] += 800
+    near, far = (measures.zero_sum_signs(x, *gates, query=q, key=k) for x in (s, late))
+    moved = measures.zero_sum_signs(s + 1e3, *gates, query=q, key=k)
+    weights = dsf.materialise(zeros_recurrence(q, k, late, *gates[:2]))
+    for name in SIGNS:
+        np.testing.assert_allclose(near[name][..., 1:30], far[name][..., 1:30], rtol=0, atol=NEAR)
+        np.testing.assert_allclose(near[name][..., 1:], moved[name][..., 1:], rtol=0, atol=1e-10)
+        expected = getattr(measures, name)(weights)
+        np.testing.assert_allclose(far[name][..., 1:], expected[..., 1:], rtol=0, atol=1e-10)
+    both = measures.zero_sum_signs(late, *gates, query=q, key=k, causal=False)
+    assert bool(np.isfinite(both.l1_mass).all())
+
+
+def test_full_rows_of_equal_directions_are_radial_ones() -> None:
+    _, _, s, gates, _ = inputs(length=80, zero=True)
+    one = torch.zeros(*s.shape, 3, dtype=s.dtype)
+    one[..., 0] = 1
+    for causal in (True, False):
+        full = measures.zero_sum_signs(s, *gates, query=one, key=one, causal=causal)
+        radial = measures.zero_sum_signs(s, *gates, causal=causal)
+        for name in SIGNS:
+            np.testing.assert_allclose(full[name], radial[name], rtol=0, atol=NEAR)
+
+
+def test_wrong_vectors_are_refused() -> None:
+    q, k, s, gates, _ = inputs(length=9)
+    for options in ({"query": q}, {"query": q, "key": k[:, :3]}):
+        with pytest.raises((DsfShapeError, TypeError), match=r"key: expected axes|Type-check"):
+            measures.zero_sum_signs(s, *gates, **options)
+    with pytest.raises(DsfValueError, match="query: expected vectors of length 1"):
+        measures.zero_sum_signs(s, *gates, query=2 * q, key=k)
+
+
 def test_wrong_gates_are_refused() -> None:
     _, _, s, gates, _ = inputs(length=9)
     with pytest.raises((DsfShapeError, TypeError)):

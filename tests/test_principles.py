@@ -7,7 +7,7 @@ import torch
 
 import dsf
 from dsf.errors import DsfTypeError, DsfValueError
-from dsf.measures.principles import principles
+from dsf.measures.coefficient_principles import principles
 from dsf.models.delta_net import delta_net_recurrence
 from dsf.models.gla import gla_recurrence
 from dsf.models.linear_attention import linear_attention_recurrence

@@ -168,6 +168,7 @@ def _from_system(system: System) -> MapSource:
         spare = len(axes) - 2
         return seen if seen.ndim == 2 else seen[(slice(None), slice(None), *[None] * spare)]
 
+    _require_rows(tuple(axes), tuple(shape), total)
     index = torch.arange(total)
     return MapSource(
         tuple(axes), tuple(shape), total, total, read, visible, isinstance(r.C, MixingRows),
@@ -235,6 +236,7 @@ def _from_array(array: xr.DataArray) -> MapSource:
 def _from_values(
     weights: Tensor, lead: tuple[str, ...], attrs: dict, coords: dict, query: Tensor, key: Tensor
 ) -> MapSource:
+    _require_rows(lead, tuple(weights.shape[: len(lead)]), len(query))
     lag = query[:, None] - key
     direction = attrs.get("direction") or _direction(weights, lag)
     seen = {"causal": lag >= 0, "anticausal": lag <= 0}.get(direction, torch.ones_like(lag) > 0)
@@ -249,6 +251,14 @@ def _from_values(
     return MapSource(
         lead, tuple(weights.shape[: len(lead)]), len(query), len(key), read, visible, True,
         {**attrs, "direction": direction, "precision": precision}, coords, (query, key),
+    )  # fmt: skip
+
+
+def _require_rows(axes: tuple[str, ...], shape: tuple[int, ...], n_query: int) -> None:
+    """Refuse what has no room for one number a row."""
+    require_memory(
+        "dsf.measures", "one number a row", (*axes, "query"), (*shape, n_query), torch.float64,
+        advice="Measure fewer samples or heads at a time.",
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from dsf.errors import DsfShapeError, DsfTypeError, DsfValueError
 from dsf.map_blocks import Side
 from dsf.maps import system_attrs
 from dsf.measures._maps import precision_of
+from dsf.measures._size_checks import require_states
 from dsf.recurrence import Recurrence
 from dsf.transitions import Decay, DiagonalLowRank, Identity, Scalar, Transition
 from dsf.wrappers import Anticausal, Bidirectional, Gated, System
@@ -47,6 +48,7 @@ def one_side(system: System, side: Side | None, function: str) -> tuple[Recurren
 
 
 def _some(r: Recurrence, function: str) -> Recurrence:
+    require_states(function, r)
     if r.length == 0 or r.n_state == 0:
         raise DsfShapeError(
             f"dsf.{function}: system: expected at least one step and one state, got time="

@@ -64,5 +64,14 @@ class RowSums:
         joined = {name: torch.cat([getattr(p, name) for p in parts], -1) for name in _NAMES}
         return dataclasses.replace(parts[0], **joined)
 
+    @staticmethod
+    def stack(parts: Sequence[RowSums], lead: tuple[int, ...]) -> RowSums:
+        """The sums of every head, each (query,), as one (*lead, query)."""
+        joined = {
+            name: torch.stack([getattr(p, name) for p in parts]).reshape(*lead, -1)
+            for name in _NAMES
+        }
+        return dataclasses.replace(parts[0], **joined)
+
 
 _NAMES = tuple(f.name for f in dataclasses.fields(RowSums) if f.name != "scanned")

@@ -12,6 +12,7 @@ from dsf.measures._maps import MapSource, widened
 from dsf.measures._row_scans import scanned_sums
 from dsf.measures._row_tiles import Rows, row_tiles
 from dsf.measures._row_totals import RowSums
+from dsf.measures._softmax_sums import softmax_sums
 from dsf.memory import require_memory
 
 __all__ = ["RowSums", "method_of", "row_sums", "share"]
@@ -26,7 +27,7 @@ def row_sums(
     By scans, without the map, where the system allows: count, mean, squares and first key of any
     recurrence with dense coefficients; with `signed` the absolute and negative sums too, which
     scans give for one state and for coefficients without negative entries. Else tile by tile,
-    always with `scans=False`.
+    always with `scans=False`: of plain softmax attention from the logits of a block of rows.
     """
     kept = source.n_query if rows is None else len(rows)
     require_memory(
@@ -39,6 +40,7 @@ def row_sums(
                  for at, tile, seen in row_tiles(source, rows, block)]  # fmt: skip
         return RowSums.cat(parts) if parts else _empty(source, 0)
     found = scanned_sums(source, block, signed=signed) if scans else None
+    found = softmax_sums(source.system, block) if found is None else found
     return found if found is not None else _by_tiles(source, block)
 
 

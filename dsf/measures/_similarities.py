@@ -59,6 +59,12 @@ def rows_of(system: Similarity, function: str) -> tuple[SoftmaxRows, dict[str, A
             f"dsf.{function}: system: softcap: expected None, got {rows.softcap}; a capped logit "
             f"is no inner product."
         )
+    n = max(rows.shape[1], rows.n_key)
+    require_memory(
+        f"dsf.{function}", "one number a token", ("batch", "head", "token"),
+        (rows.shape[0], rows.shape[2], n), torch.float64,
+        advice="Measure fewer samples or heads at a time.",
+    )  # fmt: skip
     left_out = [n for n in ("bias", "sink", "window") if getattr(rows, n) is not None]
     return rows, {**attrs, "left_out": ", ".join(left_out) or "nothing", "precision": "float64"}
 

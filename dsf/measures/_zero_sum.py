@@ -13,7 +13,8 @@ from dsf.measures._prefix_order import ranks_below
 
 class RadialRows(NamedTuple):
     """(row, length) each, a row for every batch and head: logits from the first one on, gates,
-    log sum_{j<=t} e^{s_j}, mean of s_1..s_t, and t."""
+    log sum_j e^{s_j}, mean of s_j and number n of the keys j that row t sees: those up to t, or
+    all."""
 
     s: Tensor
     first: Tensor
@@ -24,14 +25,14 @@ class RadialRows(NamedTuple):
     t: Tensor
 
     def weight(self, s: Tensor) -> Tensor:
-        """f_t(s) = gh (e^s / E_t - 1/t) + (g1 - gh)(s - mean_t)/t + g0/t."""
+        """f_t(s) = gh (e^s / E_t - 1/n) + (g1 - gh)(s - mean_t)/n + g0/n."""
         bent = self.higher * (torch.exp(s - self.log_total) - 1 / self.t)
         return bent + ((self.first - self.higher) * (s - self.mean) + self.zero) / self.t
 
     def negative_ranks(self) -> tuple[Tensor, Tensor]:
         """Ranks [low, high) of the logits at which f_t < 0: one interval, as f_t is convex.
 
-        Bisection on the ordered logits at both sides of the minimum, e^s = E_t (gh - g1)/(t gh).
+        Bisection on the ordered logits at both sides of the minimum, e^s = E_t (gh - g1)/(n gh).
         """
         ordered = self.s.sort(1).values
         fall = (self.higher - self.first).clamp(min=0)
@@ -55,7 +56,13 @@ class RadialRows(NamedTuple):
 
 
 def radial_rows(
-    function: str, logits: Tensor, first: Tensor, higher: Tensor, zero: Tensor | None
+    function: str,
+    logits: Tensor,
+    first: Tensor,
+    higher: Tensor,
+    zero: Tensor | None,
+    *,
+    causal: bool = True,
 ) -> RadialRows:
     """The rows in float64, checked. Raises DsfShapeError, DsfValueError with `function`."""
     zero = torch.zeros_like(logits) if zero is None else zero
@@ -78,6 +85,8 @@ def radial_rows(
         for x in (logits, first, higher, zero)
     )
     s = flat - flat[:, :1]
-    t = torch.arange(1, s.shape[1] + 1, dtype=s.dtype)
-    total = torch.logcumsumexp(s, 1)
-    return RadialRows(s, first, higher, zero, total, s.cumsum(1) / t, t)
+    t = torch.arange(1, s.shape[1] + 1, dtype=s.dtype).expand(s.shape)
+    total, mean = torch.logcumsumexp(s, 1), s.cumsum(1) / t
+    if not causal:
+        t, total, mean = (x[:, -1:].expand(s.shape) for x in (t, total, mean))
+    return RadialRows(s, first, higher, zero, total, mean, t)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsf.axes import clean_attrs, to_xarray
 from dsf.errors import DsfShapeError, DsfTypeError, DsfValueError
+from dsf.measures._size_checks import require_copies
 
 __all__ = ["massive_activations"]
 
@@ -44,6 +45,7 @@ def massive_activations(
     `count` of massive ones, `token` where the largest stands, in the activations' units. Raises
     DsfTypeError, DsfShapeError, DsfValueError (empty, NaN). Cost: one pass.
     """
+    require_copies("massive_activations", activations)
     layers = activations if isinstance(activations, Mapping) else {"": activations}
     if not layers:
         raise DsfValueError("dsf.massive_activations: activations: expected a layer, got none.")

@@ -23,6 +23,7 @@ from dsf.measures._judged_rows import (
     positions_of,
 )
 from dsf.measures._maps import with_length
+from dsf.measures._size_checks import require_states
 from dsf.measures._softmax_queries import Finding, examine, softmax_weights
 from dsf.measures._state_queries import examine_state, reach_at, real_map, state_weights
 from dsf.measures._verdicts import FLAGS, UNDECIDED, tolerances
@@ -73,6 +74,7 @@ def injectivity(
     Cost: one SVD of keys x width (or states x keys) a batch, head and position.
     Source: Han et al. (2024), propositions 1 and 2, sharpened to conditions that decide both ways.
     """
+    require_states("injectivity", system)
     check_system("dsf.injectivity", system)
     system = with_length(system, length)
     r = core(system)
@@ -147,6 +149,7 @@ def collision(
     row is injective, undecided, or when the weights differ by more than `tolerance` (rounded keys
     only nearly on a hyperplane): the message says by how much.
     """
+    require_states("collision", system)
     check_system("dsf.collision", system)
     system = with_length(system, length)
     r = core(system)

@@ -9,6 +9,7 @@ from torch import Tensor
 from dsf.axes import to_xarray
 from dsf.errors import DsfShapeError, DsfValueError
 from dsf.feature_maps import FeatureMap, Taylor
+from dsf.measures._size_checks import require_copies
 from dsf.measures._verdicts import YES
 from dsf.measures._weight_functions import WeightFunction, gauss_newton, weight_function
 from dsf.measures.query_verdicts import judge
@@ -50,6 +51,7 @@ def decode_query(
     are not positive; DsfShapeError. Cost: one SVD of key x state. Source: Han et al. (2024),
     decoders derived.
     """
+    require_copies("decode_query", weights, keys)
     name = "dsf.decode_query"
     f = weight_function(name, kind, keys, feature_map, scale, normalised)
     n, d = f.keys.shape

@@ -22,6 +22,7 @@ from dsf.measures._one_side import (
     wrapped,
 )
 from dsf.measures._products import eigenvalue_conditions, whole_product
+from dsf.measures._size_checks import require_states
 from dsf.memory import require_memory
 from dsf.recurrence import Recurrence
 from dsf.shapes import Inexact
@@ -131,6 +132,7 @@ def eigenvalue_shift(recurrence: Recurrence, basis: Inexact[Tensor, "*shape"]) -
     (batch, head), that of A_L ... A_2 relative to its largest eigenvalue; attrs `gauge_dependent`
     says whether single steps moved by more than 1e-8. Cost: O(length state^3).
     """
+    require_states("eigenvalue_shift", recurrence)
     changed = change_of_basis(recurrence, basis)
     before, after = (transition_eigenvalues(x) for x in (recurrence, changed))
     count = max(before.sizes["time"], after.sizes["time"])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsf.axes import to_xarray
 from dsf.errors import DsfShapeError, DsfValueError
+from dsf.measures._size_checks import require_copies
 from dsf.shapes import Float
 
 __all__ = ["feature_error", "feature_row_error", "features_for_accuracy"]
@@ -42,6 +43,7 @@ def feature_error(
     (Eckart and Young). Raises DsfValueError, DsfShapeError. Cost: O(point^3). Source: derived from
     Nishikawa et al. (2025), theorem 3.
     """
+    require_copies("feature_error", similarity, approximation)
     _check(similarity, approximation, regularisation, smoothness)
     n = similarity.shape[-1]
     p = torch.full((n,), 1 / max(n, 1)).double() if probability is None else probability.double()
@@ -92,6 +94,7 @@ def feature_row_error(
     row loss `cross_entropy` -sum_j p ln p^, least at the `entropy` of p (NaN where K^ is
     negative). Cost: O(query key). Source: Nishikawa et al. (2025), section 4; bound derived.
     """
+    require_copies("feature_row_error", similarity, approximation)
     if similarity.shape != approximation.shape or not 2 <= similarity.ndim <= 4:
         raise DsfShapeError(
             f"dsf.feature_row_error: approximation: expected the axes of similarity "

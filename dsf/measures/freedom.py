@@ -150,4 +150,4 @@ def _labels(form: Form, gauge: Gauge, centre: bool) -> dict[str, str | bool]:
     }  # fmt: skip
 
 
-MEASURES = ()
+MEASURES = (degrees_of_freedom,)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsf.axes import named_sizes, to_xarray
 from dsf.errors import DsfShapeError, DsfTypeError, DsfValueError
+from dsf.measures._size_checks import require_copies
 from dsf.wrappers import Gated
 
 __all__ = ["gate_sparsity"]
@@ -28,6 +29,7 @@ def gate_sparsity(
     and `gated_size` (mean |Y|, |g Y|). The paper's thresholds are 1e-2 and 1e-3. Cost: one pass.
     Raises DsfTypeError, DsfShapeError, DsfValueError. Source: Qiu et al. (2025), section 4.
     """
+    require_copies("gate_sparsity", gate, output)
     where = "dsf.gate_sparsity"
     g = gate.gate if isinstance(gate, Gated) else gate
     if not isinstance(g, Tensor):

@@ -102,4 +102,4 @@ def _scores(
     return of_row, of_column
 
 
-MEASURES = ()
+MEASURES = (token_leverage,)

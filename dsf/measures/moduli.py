@@ -23,6 +23,7 @@ from dsf.measures._judged_rows import (
 )
 from dsf.measures._maps import precision_of, with_length
 from dsf.measures._row_jacobians import rows_jacobian
+from dsf.measures._size_checks import require_states
 from dsf.measures._softmax_queries import softmax_jacobian
 from dsf.measures._state_queries import reach_at, real_map
 from dsf.measures._verdicts import tolerances
@@ -59,6 +60,7 @@ def local_modulus(
     Cost: one SVD of keys x width (or states) a batch, head and position. Source: Han et al.
     (2024), with the Jacobians derived for each form.
     """
+    require_states("local_modulus", system)
     check_system("dsf.local_modulus", system)
     system = with_length(system, length)
     inner = system.system if isinstance(system, Gated) else system

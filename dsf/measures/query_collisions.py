@@ -11,6 +11,7 @@ from torch import Tensor
 from dsf.axes import to_xarray
 from dsf.errors import DsfValueError
 from dsf.feature_maps import FeatureMap
+from dsf.measures._size_checks import require_copies
 from dsf.measures._verdicts import YES
 from dsf.measures._weight_functions import (
     WeightFunction,
@@ -63,6 +64,7 @@ def query_collision(
     message says whether that is proved (injective) or only not found. Cost: a few hundred small
     least squares at worst. Source: Han et al. (2024), propositions 1 to 3; the search is ours.
     """
+    require_copies("query_collision", keys)
     name = "dsf.query_collision"
     f = weight_function(name, kind, keys, feature_map, scale, normalised)
     first = None if query is None else check_queries(name, query, f, 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dsf.axes import to_xarray
 from dsf.errors import DsfValueError
 from dsf.feature_maps import FeatureMap
+from dsf.measures._size_checks import require_copies
 from dsf.measures._verdicts import rounding_level
 from dsf.measures._weight_functions import check_queries, jacobian_of, weight_function
 from dsf.shapes import Float
@@ -50,6 +51,7 @@ def query_modulus(
     DsfValueError unless one of keys and function is given, DsfShapeError. Cost: one SVD of key x
     feature a query. Source: Han et al. (2024), Jacobians derived.
     """
+    require_copies("query_modulus", queries, keys)
     if (keys is None) == (function is None):
         raise DsfValueError(
             "dsf.query_modulus: keys, function: expected one of them, got "

@@ -13,6 +13,7 @@ from torch import Tensor
 from dsf.axes import to_xarray
 from dsf.feature_maps import FeatureMap
 from dsf.measures._judged_rows import positions_of
+from dsf.measures._size_checks import require_copies
 from dsf.measures._verdicts import FLAGS, NO, RANK_WORDS, UNDECIDED, YES, decide, tolerances
 from dsf.measures._weight_functions import Facts, WeightFunction, weight_function
 from dsf.shapes import Float
@@ -63,6 +64,7 @@ def query_injectivity(
     features decides), `reason`. Raises DsfValueError, DsfShapeError. Cost: one SVD of key x state
     a position. Source: Han et al. (2024), propositions 1 to 3, sharpened.
     """
+    require_copies("query_injectivity", keys)
     name = "dsf.query_injectivity"
     f = weight_function(name, kind, keys, feature_map, 1.0, normalised, Facts(injective, rays))
     chosen = positions_of(name, positions, len(keys))

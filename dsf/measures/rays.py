@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsf.axes import to_xarray
 from dsf.errors import DsfShapeError, DsfValueError
+from dsf.measures._size_checks import require_copies
 from dsf.measures._weight_functions import on_ray
 from dsf.shapes import Float
 
@@ -44,6 +45,7 @@ def ray_collision(
     `difference`, `distance`. Raises DsfValueError if no p within `tolerance` is found, or the
     weights of the query do not exist (denominator 0). Source: Han et al. (2024), proposition 2.
     """
+    require_copies("ray_collision", query, keys)
     if query.ndim != 1 or keys.ndim != 2 or keys.shape[1] != query.shape[0]:
         raise DsfShapeError(
             f"dsf.ray_collision: query, keys: expected axes (feature) and (key, feature), got "

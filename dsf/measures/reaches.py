@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsf.axes import to_numpy, to_xarray
 from dsf.errors import DsfShapeError, DsfValueError
+from dsf.measures._size_checks import require_copies
 from dsf.shapes import Float
 
 __all__ = ["distance_to_hull", "reach"]
@@ -43,6 +44,7 @@ def reach(values: Float[Tensor, "batch time head channel"], target: Tensor) -> x
     Source: ZeroS attention, Propositions 3.1, 3.3, Corollary 3.2 as corrected (it is the unequal
     gates that leave the convex set, not the missing zero order).
     """
+    require_copies("reach", values)
     _check(values, target)
     found, ranks = [], []
     for batch in range(values.shape[0]):
@@ -71,6 +73,7 @@ def distance_to_hull(points: Float[Tensor, "time channel"], target: Tensor) -> T
     As a least-distance problem (Lawson and Hanson, 1974, chapter 23): x >= 0 that is nearest to
     [points - target; 1] x = [0; 1] is a multiple of the weights of the nearest point.
     """
+    require_copies("distance_to_hull", points)
     moved = (points - target).double()
     scale = moved.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
     system = torch.cat([moved.T / scale, torch.ones(1, len(points), dtype=torch.float64)])

@@ -12,6 +12,7 @@ from dsf.algebra import parallel
 from dsf.axes import to_xarray
 from dsf.errors import DsfValueError
 from dsf.maps import materialise
+from dsf.measures._size_checks import require_copies, require_states
 from dsf.recurrence import Recurrence
 from dsf.shapes import Float
 from dsf.transitions import Identity
@@ -28,6 +29,7 @@ def expand_state(recurrence: Recurrence, n_state: int) -> Recurrence:
     Shows that what N states can do, more can. Raises DsfValueError on fewer states than there are.
     Source: Sieber et al. (2024), Lemma 2, with X = 0 and Y = I so that A stays diagonal.
     """
+    require_states("expand_state", recurrence)
     r, more = recurrence, n_state - recurrence.n_state
     if more < 0:
         raise DsfValueError(
@@ -57,6 +59,7 @@ def expansion_error(
     features enter scores and normaliser. Returns (batch, head). Cost and memory O(length^2).
     Source: limits derived from Sieber et al. (2024), Lemma 2.
     """
+    require_copies("expansion_error", query, key)
     if extra < 1:
         raise DsfValueError(f"dsf.expansion_error: extra: expected 1 or more, got {extra}.")
     one = materialise(make(query, key))

@@ -17,6 +17,7 @@ from dsf.axes import to_xarray
 from dsf.coefficient_forms import coefficient_dynamics
 from dsf.coefficients import CoefficientDynamics
 from dsf.errors import DsfTypeError, DsfValueError
+from dsf.measures._size_checks import require_states
 from dsf.measures._verdicts import FLAGS, NO, UNDECIDED, YES
 from dsf.recurrence import Recurrence
 from dsf.transitions import Identity
@@ -53,6 +54,7 @@ def principles(
     DsfTypeError on what is neither a causal recurrence nor coefficient dynamics, DsfValueError
     for fewer than 4 tokens, and what `dsf.coefficient_dynamics` raises.
     """
+    require_states("principles", system)
     form = _form(system)
     length = form.query.shape[1]
     if length < 4:

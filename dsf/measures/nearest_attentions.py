@@ -15,6 +15,7 @@ from torch import Tensor
 from dsf.axes import to_xarray
 from dsf.errors import DsfShapeError, DsfTypeError, DsfValueError
 from dsf.maps import materialise, system_attrs
+from dsf.measures._size_checks import require_states
 from dsf.recurrence import Recurrence
 from dsf.shapes import Float
 from dsf.transitions import Identity, Scalar
@@ -40,6 +41,7 @@ def nearest_attention(
     Raises DsfTypeError on what is no system, DsfShapeError where query and key do not fit it.
     Source: Sieber et al. (2024), section 4.2; the search is ours.
     """
+    require_states("nearest_attention", system)
     name = "dsf.nearest_attention"
     if not isinstance(system, System):
         raise DsfTypeError(f"{name}: system: expected a dsf system, got {type(system)}.")
@@ -101,6 +103,7 @@ def history_scaled(recurrence: Recurrence) -> Recurrence:
     DsfTypeError unless A is scalar and positive, and on an initial state, DsfValueError on a
     decay of 0.
     """
+    require_states("history_scaled", recurrence)
     r, name = recurrence, "dsf.history_scaled"
     if not isinstance(r.A, Scalar) or r.A.sign is not None or r.A.phase is not None:
         raise DsfTypeError(f"{name}: recurrence: expected a scalar positive decay, got {r.A}.")

@@ -17,6 +17,7 @@ from dsf.axes import to_xarray
 from dsf.errors import DsfShapeError, DsfUnsupportedError, DsfValueError
 from dsf.maps import materialise
 from dsf.measures._linear_families import FAMILIES, Family
+from dsf.measures._size_checks import require_copies
 from dsf.measures._verdicts import FLAGS, NO, YES
 from dsf.recurrence import Recurrence
 from dsf.scanning import step
@@ -97,6 +98,7 @@ def static_approximation(
     with q = 1 and one channel |M_tj| never rises with t, with a = k = 1 the weights of a row are
     all equal.
     """
+    require_copies("static_approximation", weights)
     _check_map(weights)
     if not family.query or family.key == "one":
         raise DsfUnsupportedError(
