@@ -36,6 +36,15 @@ def test_errors_are_in_units_of_the_sum_of_absolute_values(shift, worst):
     assert timing.worst_units(case) == pytest.approx(worst, abs=1.0)
 
 
+def test_units_are_of_the_bound_where_the_loop_subtracts():
+    def case(bound):
+        return Case(lambda x: 0 * x + 2.0**-24, (), Work(0, 0), Work(0, 0), lambda x: x - x,
+                    (torch.ones(3),), {}, bound=bound)  # fmt: skip
+
+    assert timing.worst_units(case(None)) == float("inf")
+    assert timing.worst_units(case(lambda x: x + x)) == pytest.approx(0.5)
+
+
 def test_a_table_holds_times_their_multiples_and_failures():
     row = {
         "case": "x", "name": "dsf", "floor": {"forward": 1.0, "both": 2.0}, "units": 0.5,

@@ -69,25 +69,6 @@ def joined(scan):
     return run
 
 
-def bound(query, key, value, initial, *, scale, over_count=False):
-    """The sums of the loop on absolute values, where every term adds."""
-    n_head, length = value.shape[2:0:-1]
-    memory, key_sum, value_sum, anchor, count = initial or (0, 0, 0, None, 0)
-    keys = key + (key[:, :1] if anchor is None else anchor[:, None])
-    keys, queries = (t.repeat_interleave(n_head // t.shape[2], 2) for t in (keys, query))
-    t = torch.arange(count + 1, count + 1 + length, dtype=torch.float64, device=value.device)
-    t = t[:, None, None]
-    queries = queries * (scale / t if over_count else scale)
-    written = keys[..., :, None] * value[..., None, :]
-    start = [s[:, None] if initial else 0 for s in (memory, key_sum, value_sum)]
-    sums = [x.cumsum(1) + s for x, s in zip((written, keys, value), start, strict=True)]
-    own = (1 + (queries * sums[1]).sum(-1, keepdim=True)) / t
-    y = (queries[..., None, :] @ sums[0])[..., 0, :] + own * sums[2]
-    last = [x.sum(1) + (s[:, 0] if initial else 0)
-            for x, s in zip((written, keys, value), start, strict=True)]  # fmt: skip
-    return y, (*last, anchor, count)
-
-
 FORMS = {  # what the launch module's constants are in each form
     "walk": {"SHORT": 0, "FEW": 0},
     "short": {"SHORT": 1024, "FEW": 0},
@@ -99,9 +80,10 @@ def measure(case, device="cpu", form="walk"):
     """Errors in units."""
     from dsf_kernels.inline_scan import inline_scan
     from dsf_kernels.reference import error_units, inline_scan_reference
+    from dsf_kernels.reference.inline import inline_scan_bound
 
     arguments, dtype, options = case
-    loops = [joined(scan) for scan in (inline_scan, inline_scan_reference, bound)]
+    loops = [joined(scan) for scan in (inline_scan, inline_scan_reference, inline_scan_bound)]
     launch = importlib.import_module("dsf_kernels.scalar_decay_launch")
     with pytest.MonkeyPatch.context() as patch:
         for name, number in FORMS[form].items():
@@ -111,9 +93,10 @@ def measure(case, device="cpu", form="walk"):
 
 
 def measure_mix(case, device="cpu"):
-    """Errors of the form that sees all tokens, in units of a row."""
+    """Errors of the form that sees all tokens, in units."""
     from dsf_kernels.inline_scan import inline_mix
-    from dsf_kernels.reference import inline_mix_reference, row_units
+    from dsf_kernels.reference import error_units, inline_mix_reference
+    from dsf_kernels.reference.inline import inline_mix_bound
 
     arguments, dtype, options = case
     arguments = {k: v for k, v in arguments.items() if k not in STATE}
@@ -121,8 +104,9 @@ def measure_mix(case, device="cpu"):
     def twice(mix):
         return lambda **a: (mix(**a, **options),) * 2
 
+    mixes = [twice(mix) for mix in (inline_mix, inline_mix_reference, inline_mix_bound)]
     moved = kernel_laws.moved(arguments, device)
-    return row_units(twice(inline_mix), twice(inline_mix_reference), moved, unit=UNIT[dtype])
+    return error_units(*mixes[:2], moved, unit=UNIT[dtype], bound=mixes[2])
 
 
 def offset_error(device="cpu"):

@@ -12,7 +12,7 @@ from typing import Any
 import kernel_laws
 import pytest
 import torch
-from dsf_kernels.reference.mlstm import mlstm_scan_reference
+from dsf_kernels.reference.mlstm import LEAST, mlstm_scan_reference
 from kernel_laws import UNIT
 
 import dsf
@@ -79,54 +79,86 @@ def cases(lengths, chunk, widths, **sizes):
     return found
 
 
-def flat(function, anchor):
+def flat(function, anchor, tied=None):
     """The scan with its start as three arguments and its last state, n beside S, in units of
-    exp(anchor)."""
+    exp(anchor); outputs that are `tied` have no gradient."""
 
     def run(initial_state=None, initial_key_sum=None, initial_maximum=None, **arguments):
         start = (initial_state, initial_key_sum, initial_maximum)
         start = None if initial_state is None else start
         y, (state, key_sum, m) = function(initial=start, **arguments)
         unit = torch.exp(m.detach().double() - anchor).to(state.dtype)[..., None, None]
+        y = y if tied is None else torch.where(tied, y.detach(), y)
         return y, unit * torch.cat([state, key_sum[..., None]], -1)
 
     return run
 
 
-def magnitudes(arguments, scale, forget="sigmoid", **_):
-    """The last m, and the scan in which all terms add: it bounds them before they cancel.
+class Stored(torch.autograd.Function):
+    """What the error of numbers >= 0 kept in a narrow type grows with, and that of their
+    gradients: themselves, but `least` at least, unless 0."""
+
+    @staticmethod
+    def forward(ctx, x, least):
+        ctx.least = least
+        return torch.where(x == 0, x, x.clamp_min(least))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Stored.apply(grad, ctx.least), None
+
+
+def magnitudes(arguments, dtype, scale, forget="sigmoid", **_):
+    """The last m; outputs whose divisor is within rounding of its least, where the derivative
+    jumps; and the scan in which all terms add: it bounds them before they cancel.
 
     y = (x / c + z x_0 / c^2) k, x and z numerator and divisor of absolute values, c the true
     divisor, k = max(1, z / c) the condition of the division, x_0 = x; c, k and x_0 are constant.
+    Weighted values, weights, x and z are what the kernel keeps in the type of the values, after
+    the weights in float32, 0 below 2^-126.
     """
     from dsf_kernels.reference import scalar_decay_scan_reference
 
-    def parts(query, key, value, input_gate, forget_gate, state, key_sum, start):
+    least_of, least_log = torch.finfo(dtype).tiny, math.log(2.0**-126 / UNIT[dtype])
+
+    def parts(query, key, value, input_gate, forget_gate, state, key_sum, start, kept=True):
         decay = forget_gate
         if forget == "sigmoid":
             decay = torch.nn.functional.logsigmoid(forget_gate)
+        open_decay, written = decay > LEAST, input_gate > LEAST
+        decay, input_gate = decay.clamp_min(LEAST), input_gate.clamp_min(LEAST)
         m = running_maximum(decay, input_gate, 0.0 if start is None else start)
+        m = m.clamp_min(LEAST)
         before = torch.cat([m[:, :1], m[:, 1:-1].detach()], 1)
         decay = decay + before[:, : decay.shape[1]] - m[:, 1:].detach()
-        write = torch.exp(input_gate - m[:, 1:].detach())[..., None]
+        decay = torch.where(open_decay, decay, LEAST)
+        log = input_gate - m[:, 1:].detach()
+        log = log + (log.clamp_min(least_log) - log).detach() if kept else log
+        write = torch.where(written, torch.exp(log), 0.0)[..., None]
         columns = torch.cat([write * value, write], -1)
+        columns = Stored.apply(columns, least_of) if kept else columns
         start = None if state is None else torch.cat([state, key_sum[..., None]], -1)
         both, last = scalar_decay_scan_reference(query, key, columns, decay, start, scale=scale)
         return both[..., :-1], both[..., -1:], last, m.detach()
 
     given = {k: v if v is None else v.double() for k, v in arguments.items()}
-    _, sums, _, m = parts(*given.values())
+    sizes = {k: v if v is None or k in LOGS else v.abs() for k, v in given.items()}
+    _, sums, _, m = parts(*given.values(), kept=False)
     least = torch.exp(-m[:, 1:, :, None]).clamp_min(1e-300)
     divisor = torch.maximum(sums.abs(), least)
+    most = parts(*sizes.values())[1]
+    tied = (sums.abs() - least).abs() <= 4 * UNIT[dtype] * most
 
     def bound(**sizes):
         sizes = {k: v for k, v in sizes.items() if k in given}
         x, z, last, _ = parts(*sizes.values())
+        x, z = Stored.apply(x, least_of), Stored.apply(z, least_of)
         condition = (z / divisor).detach().clamp_min(1.0)
         by_divisor = (x / divisor**2).detach() * (sums.abs() > least)
-        return condition * (x / divisor + by_divisor * z), last
+        y = condition * (x / divisor + by_divisor * z)
+        return torch.where(tied, y.detach(), y), last
 
-    return m[:, -1], bound
+    return m[:, -1], tied, bound
 
 
 def measure(case, device="cpu"):
@@ -136,8 +168,8 @@ def measure(case, device="cpu"):
 
     arguments, dtype, options = case
     moved = kernel_laws.moved(arguments, device)
-    anchor, bound = magnitudes(moved, 0.5, **options)
-    functions = [flat(f, anchor) for f in (mlstm_scan, mlstm_scan_reference)]
+    anchor, tied, bound = magnitudes(moved, dtype, 0.5, **options)
+    functions = [flat(f, anchor, tied) for f in (mlstm_scan, mlstm_scan_reference)]
     return error_units(*functions, moved, LOGS, unit=UNIT[dtype], bound=bound, scale=0.5,
                        **options)  # fmt: skip
 

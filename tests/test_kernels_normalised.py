@@ -43,20 +43,6 @@ def joined(scan):
     return run
 
 
-def bound(query, key, value, log_decay=None, initial_state=None, initial_key_sum=None, *, scale,
-          eps):  # fmt: skip
-    """The loop on absolute values, the gradient of the divisor with its sign turned round."""
-    from dsf_kernels.reference import scalar_decay_scan_reference
-
-    rest = (log_decay, initial_state)
-    numerator, state = scalar_decay_scan_reference(query, key, value, *rest, scale=scale)
-    ones = torch.ones_like(value[..., :1])
-    start = None if initial_key_sum is None else initial_key_sum[..., None]
-    divisor, key_sum = scalar_decay_scan_reference(query, key, ones, log_decay, start, scale=scale)
-    divisor = 2 * divisor.detach() - divisor + eps
-    return numerator / divisor, torch.cat([state, key_sum], -1)
-
-
 FORMS = {  # what the launch module's constants are in each form
     "walk": {"SHORT": 0, "FEW": 0},
     "short": {"SHORT": 1024, "FEW": 0},
@@ -68,10 +54,12 @@ def measure(case, device="cpu", constant=False, form="walk"):
     """Errors in units; constant: the log decay needs no gradient."""
     from dsf_kernels.normalised_scan import normalised_scan
     from dsf_kernels.reference import error_units, normalised_scan_reference
+    from dsf_kernels.reference.normalised import normalised_scan_bound
 
     arguments, dtype = case
     moved = kernel_laws.moved(arguments, device)
-    functions = [joined(normalised_scan), joined(normalised_scan_reference), bound]
+    scans = normalised_scan, normalised_scan_reference, normalised_scan_bound
+    functions = [joined(scan) for scan in scans]
     if constant:
         decay = moved.pop("log_decay")
         functions = [functools.partial(function, log_decay=decay) for function in functions]

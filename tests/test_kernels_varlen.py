@@ -150,6 +150,18 @@ def test_interpreted():
     assert not any(differ for _, differ in found.values()), found
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", [1, 2, 65])
+def test_one_decay_a_head_is_known_at_every_length(batch, length):
+    """A sequence of one token alone takes the same form as in a packed row."""
+    from dsf_kernels.scalar_decay_launch import Decays, every_token
+
+    decay = torch.arange(3.0)
+    spread = every_token(decay, (batch, length, 3, 8))
+    assert torch.equal(spread, decay.expand(batch, length, 3))
+    assert torch.equal(Decays(spread, 64).fixed, decay)
+
+
 def naive(lengths, chunk):
     """Owner, first token and tokens of every chunk of sequences."""
     cuts = starts(lengths).tolist()

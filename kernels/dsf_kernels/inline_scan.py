@@ -21,7 +21,7 @@ from dsf_kernels.launch import (
     check_scale,
     check_tensor,
     on_device,
-    refuse_unseen,
+    refuse_miscompiled,
 )
 from dsf_kernels.normalised_sums import key_sum_gradients, key_sum_scan
 from dsf_kernels.normalised_walk import walked
@@ -98,7 +98,8 @@ def _check(name, query, key, value, initial, scale):
     if initial is not None:
         tensors |= {f"initial.{k}": v for k, v in initial._asdict().items() if k != "count"}
     check_kind(name, tensors)
-    refuse_unseen(name, value, name == "inline_mix", "no type was")
+    scanned = name == "inline_scan" and value.dtype != torch.float32
+    refuse_miscompiled(name, value, scanned)
     check_matrix_state(name, query, key, value, memory, MAX_WIDTH)
     if initial is not None:
         batch, _, n_head, channels = value.shape
@@ -137,7 +138,8 @@ def inline_scan(
     but the anchor, which is a constant: no output depends on it.
     Keys minus the anchor are rounded to their type. Where rows are not walked, and in backward,
     q S and the mean of the values are rounded to the type of value too, and must fit it.
-    Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor).
+    Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor; 16-bit
+    types under ptxas before 12.9).
     Cost: a pass over the keys and, where rows are walked, forward that of `scalar_decay_scan`
     without a decay; else and backward that, two scans one column and one state wide, and a pass
     over the outputs.

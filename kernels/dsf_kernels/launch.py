@@ -7,9 +7,12 @@ import os
 import torch
 from torch import Tensor
 
+from dsf_kernels import compiler
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_TILE_STRIDE = 2**22
+CHECK = os.environ.get("DSF_KERNELS_CHECK", "0") == "1"
 
 
 def check_tensor(
@@ -52,6 +55,25 @@ def check_kind(function: str, tensors: dict[str, Tensor | None]) -> None:
         )
 
 
+def check_decay(function: str, log_decay: Tensor | None) -> None:
+    """Raise where a log decay is above 0 or NaN, if that can be seen without waiting.
+
+    On the CPU it can; on a GPU it is looked at with DSF_KERNELS_CHECK=1 alone (set before the
+    import; each call then waits for the GPU, except in a graph that is captured or compiled).
+    """
+    if log_decay is None or not log_decay.numel() or torch.compiler.is_compiling():
+        return
+    on_gpu = log_decay.device.type != "cpu"
+    if on_gpu and (not CHECK or torch.cuda.is_current_stream_capturing()):
+        return
+    most = float(log_decay.detach().max())
+    if not most <= 0.0:
+        raise ValueError(
+            f"dsf_kernels.{function}: log_decay: expected at most 0, a decay from 0 to 1, got "
+            f'{most:.3g}. States that grow are run by dsf.scan(backend="reference").'
+        )
+
+
 def check_scale(function: str, scale: float) -> None:
     """Raise unless the factor on the outputs is finite and not 0."""
     if scale == 0 or not math.isfinite(scale):
@@ -79,6 +101,17 @@ def refuse_unseen(function: str, tensor: Tensor, seen: bool, what: str) -> None:
             f"dsf_kernels.{function}: {tensor.dtype} of shape {tuple(tensor.shape)} was not yet "
             f"seen right on a GPU ({what}). Use the torch path of dsf.scan, or set "
             "DSF_KERNELS_UNSEEN=1 to run the kernel all the same."
+        )
+
+
+def refuse_miscompiled(function: str, tensor: Tensor, affected: bool) -> None:
+    """Raise on a GPU for what ptxas before 12.9 was seen to miscompile, where that is in use."""
+    if tensor.is_cuda and affected and not compiler.sound():
+        raise NotImplementedError(
+            f"dsf_kernels.{function}: {tensor.dtype} of shape {tuple(tensor.shape)}: expected "
+            f"ptxas 12.9 or newer, got {compiler.ptxas_version() or 'none'}, which makes wrong "
+            "machine code of this kernel. Set TRITON_PTXAS_PATH to a newer one (torch wheels for "
+            "CUDA 13 carry torch/bin/ptxas), or use the torch path of dsf.scan."
         )
 
 

@@ -32,11 +32,12 @@ def exp_of(x):
 
 @triton.jit
 def weight_of(i, m):
-    """exp(i - m), the difference not rounded."""
+    """exp(i - m), the difference not rounded; 0 where i is -inf, whatever m is."""
     i = not_below(i, LEAST)
     gap = i - m
     back = gap - i
-    return exp_of(gap) * (1.0 + ((i - (gap - back)) - (m + back)))
+    weight = exp_of(gap) * (1.0 + ((i - (gap - back)) - (m + back)))
+    return tl.where(i <= LEAST, 0.0, weight)
 
 
 @triton.jit
@@ -121,7 +122,9 @@ def weights_kernel(value, input_gate, forget_gate, top, initial, weighted, weigh
         first = gate_at(initial, batch, 0, head, m_b, 0, m_h, inside & (time == 0))
         before = tl.where(time == 0, not_below(first, LEAST), before)
     weight = weight_of(i, m)
-    tl.store(log_decay + row, log_forget(f, EXPONENTIAL) + (before - m), inside)
+    log = log_forget(f, EXPONENTIAL)
+    log = tl.where(log <= LEAST, LEAST, log + (before - m))  # shut, even where m is LEAST too
+    tl.store(log_decay + row, log, inside)
     tl.store(weights + row, weight.to(weights.dtype.element_ty), inside)
     column = tl.arange(0, WIDE)[None, :]
     keep = inside[:, None] & (column < channels)

@@ -17,7 +17,6 @@ from dsf_kernels.launch import (
     check_tensor,
     on_device,
     power_of_two,
-    refuse_unseen,
 )
 from dsf_kernels.mlstm_kernels import (
     divide_adjoint_kernel,
@@ -27,7 +26,7 @@ from dsf_kernels.mlstm_kernels import (
     weights_kernel,
 )
 from dsf_kernels.operators import operator
-from dsf_kernels.scalar_decay_scan import MAX_WIDTH, scalar_decay_scan
+from dsf_kernels.scalar_decay_scan import MAX_WIDTH, unchecked_scan
 
 TILE = 1024  # steps of a scan of the maximum
 CELLS = 1024  # numbers of a tile of an elementwise kernel
@@ -186,7 +185,6 @@ def _check(query, key, value, gates, initial, scale, eps, forget):
     state, key_sum, m = initial
     parts = {"initial_state": state, "initial_key_sum": key_sum, "initial_maximum": m}
     check_kind(function, {"value": value, "query": query, "key": key} | gates | parts)
-    refuse_unseen(function, value, value.dtype == torch.float32, "float32 was")
     check_matrix_state(function, query, key, value, state, MAX_WIDTH)
     batch, length, n_head, _ = value.shape
     sizes = {"batch": batch, "time": length, "head": n_head}
@@ -219,8 +217,9 @@ def mlstm_scan(
 
     with C = `query`, B = `key`, u = `value`, i = `input_gate` and f = `forget_gate` before
     activation, l = log sigmoid(f), or f where forget = "exponential"; -inf in a gate closes it
-    exactly. `initial` = (S_0, n_0, m_0), the first two in units of exp(m_0); None: zeros. eps as
-    the released code has it (1e-6 there), on the divisor in units of exp(m_t).
+    exactly (where both are closed m_t is -1e30, and what follows starts anew). `initial` = (S_0,
+    n_0, m_0), the first two in units of exp(m_0); None: zeros. eps as the released code has it
+    (1e-6 there), on the divisor in units of exp(m_t).
 
     Shapes: query, key (batch, time, group, state) with group dividing head, value (batch, time,
     head, channel), gates (batch, time, head), S (batch, head, state, channel), n (batch, head,
@@ -230,7 +229,9 @@ def mlstm_scan(
     n; the last m has no gradient.
     Rounding as `scalar_decay_scan`; for 16-bit inputs numerator and divisor are rounded once
     before the division, and in fp16 either is inf above 65504, which open gates reach over
-    thousands of tokens: use bf16 there. The error grows by sum |q.k| / divisor where terms cancel.
+    thousands of tokens: use bf16 there. Weighted values, and gradients by the numerator, keep
+    fewer digits below 6e-5 in fp16: scale the loss. The error grows by sum |q.k| / divisor where
+    terms cancel; where |C_t n_t| is within rounding of exp(-m_t), the gradient is of either side.
     Raises ValueError (shape, device, eps, forget), TypeError (dtype), NotImplementedError (CPU).
     Cost: `scalar_decay_scan` with P channels and again with one; 4 passes over arrays like value
     beside it, in backward 6 and the sums of two gradients of query and key; m in length / 1024
@@ -244,9 +245,10 @@ def mlstm_scan(
     start = None if m is None else m.detach()
     top = _running_maximum(input_gate.detach(), forget_gate.detach(), start, exponential)
     weighted, column, log_decay = _weighted(value, input_gate, forget_gate, top, m, exponential)
-    numerator, state = scalar_decay_scan(query, key, weighted, log_decay, state, scale=scale)
+    scale = float(scale)
+    numerator, state = unchecked_scan(query, key, weighted, log_decay, state, scale)
     sums = None if key_sum is None else key_sum[..., None]
-    divisor, sums = scalar_decay_scan(query, key, column, log_decay, sums, scale=scale)
+    divisor, sums = unchecked_scan(query, key, column, log_decay, sums, scale)
     y = _divide(numerator, divisor, top, float(eps))
     if value.shape[1]:
         start = top[:, -1].clone()

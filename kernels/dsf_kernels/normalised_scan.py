@@ -15,12 +15,12 @@ from dsf_kernels.launch import (
     check_scale,
     check_tensor,
     on_device,
-    refuse_unseen,
+    refuse_miscompiled,
 )
 from dsf_kernels.normalised_kernels import divide_rows, divide_rows_adjoint
 from dsf_kernels.normalised_sums import key_sum_gradients, key_sum_scan
 from dsf_kernels.normalised_walk import walk, walked
-from dsf_kernels.scalar_decay_launch import Decays, settings_of
+from dsf_kernels.scalar_decay_launch import Decays, every_token, settings_of
 from dsf_kernels.scalar_decay_scan import MAX_WIDTH, scalar_decay_scan
 
 
@@ -96,7 +96,8 @@ def normalised_scan(
     value, S_L (batch, head, state, channel) and z_L (batch, head, state), both float32.
     Differentiable in all six tensors. The divisor is float32. Where rows are not walked the
     numerator is rounded to the type of value before it is divided, and must fit it.
-    Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor).
+    Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor; bf16
+    wider than 16 under ptxas before 12.9).
     Cost: forward that of `scalar_decay_scan` where rows are walked, else one more read of query
     and key, and two passes over the outputs; backward its backward, one more read and write of
     query and key, and three passes over the outputs.
@@ -107,13 +108,9 @@ def normalised_scan(
     check_kind(name, {"value": value, "query": query, "key": key, "log_decay": log_decay,
                       "initial_state": initial_state,
                       "initial_key_sum": initial_key_sum})  # fmt: skip
-    refuse_unseen(
-        name,
-        value,
-        value.dtype != torch.bfloat16 or max(key.shape[-1], value.shape[-1]) <= 16,
-        "float32, float16 and narrow bfloat16 were",
-    )
     check_matrix_state(name, query, key, value, initial_state, MAX_WIDTH)
+    wide = max(key.shape[3], value.shape[3]) > 16
+    refuse_miscompiled(name, value, value.dtype == torch.bfloat16 and wide)
     batch, length, n_head, _ = value.shape
     if log_decay is not None:
         sizes = {"batch": batch, "time": length, "head": n_head}
@@ -123,7 +120,7 @@ def normalised_scan(
         sizes = {"batch": batch, "head": n_head, "state": key.shape[3]}
         check_tensor(name, "initial_key_sum", initial_key_sum, sizes, "fixed by key and value")
     if log_decay is not None and log_decay.dim() == 1:
-        log_decay = log_decay.expand(value.shape[:3])
+        log_decay = every_token(log_decay, value.shape)
     scale, eps = float(scale), float(eps)
     if value.numel() and walked(value, key.shape[3]):
         y, _, state, key_sum = _forward(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dsf_kernels.launch import (
+    check_decay,
     check_kind,
     check_matrix_state,
     check_scale,
@@ -32,7 +33,7 @@ from dsf_kernels.launch import (
 )
 from dsf_kernels.operators import operator
 from dsf_kernels.scalar_decay_adjoint import adjoint
-from dsf_kernels.scalar_decay_launch import Decays, run, settings_of, walk
+from dsf_kernels.scalar_decay_launch import Decays, every_token, run, settings_of, walk
 from dsf_kernels.scalar_decay_spanning import spanning_gradients
 from dsf_kernels.sequences import Sequences, check_sequences, placed
 
@@ -170,7 +171,9 @@ def _backward(ctx, grad, grad_final):
     return *grads, grad_decay, grad_initial, None, None
 
 
-_forward = operator("scalar_decay_scan", _run, _fake, _backward)
+unchecked_scan = operator("scalar_decay_scan", _run, _fake, _backward)
+"""(query, key, value, log_decay (batch, time, head) or None, initial_state, scale): the scan
+without its checks, for callers whose own log decays may be above 0 by a rounding."""
 
 
 class _Seen(NamedTuple):
@@ -187,8 +190,9 @@ def _checked(function, query, key, value, log_decay, initial_state, cu_seqlens=N
     seen = (None if t is None else _Seen(t.shape, t.dtype, t.device) for t in tensors)
     check = _check.__wrapped__ if torch.compiler.is_compiling() else _check
     check(function, *seen)
+    check_decay(function, log_decay)
     if log_decay is not None and log_decay.dim() == 1:
-        log_decay = log_decay.expand(value.shape[:3])
+        log_decay = every_token(log_decay, value.shape)
     return log_decay
 
 
@@ -240,7 +244,8 @@ def scalar_decay_scan(
     value and the final state in float32. Differentiable in all five tensors.
     Matrix products round their operands to bf16 for bf16 and to tf32 for fp16, and are exact
     float32 for fp32; sums and the state are float32.
-    Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor).
+    Raises ValueError (shape, device; a log decay above 0 with DSF_KERNELS_CHECK=1, which makes
+    each call wait for the GPU), TypeError (dtype), NotImplementedError (CPU tensor).
     Cost: time x (4 N P + 128 (N + P)) operations a head forward, three times that backward; no
     state in memory, unless log_decay needs a gradient or heads share query and key (2 N P numbers
     per 64 steps and head in backward). A row of few heads is computed in another order than one
@@ -253,9 +258,9 @@ def scalar_decay_scan(
     tensors = (query, key, value, log_decay, initial_state)
     log_decay = _checked("scalar_decay_scan", *tensors, cu_seqlens)
     if cu_seqlens is None:
-        return _forward(query, key, value, log_decay, initial_state, float(scale))
+        return unchecked_scan(query, key, value, log_decay, initial_state, float(scale))
     cu_seqlens = placed("scalar_decay_scan", cu_seqlens, value)
-    return _forward(query, key, value, log_decay, initial_state, float(scale), cu_seqlens)
+    return unchecked_scan(query, key, value, log_decay, initial_state, float(scale), cu_seqlens)
 
 
 def scalar_decay_summary(

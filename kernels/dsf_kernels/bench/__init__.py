@@ -21,6 +21,7 @@ class Case(NamedTuple):
     `reference` is the float64 loop with the same arguments, `short` a short input of the same kind
     for the error. `peers`: name -> (function, tensors in the peer's own layout). `by_row`: errors
     in units of the largest number of their row, where a run on absolute values has no bound.
+    `bound`: the loop whose terms all add, for the absolute values, where `reference` subtracts.
     """
 
     function: Callable[..., Tensor]
@@ -31,3 +32,4 @@ class Case(NamedTuple):
     short: tuple[Tensor, ...]
     peers: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]
     by_row: bool = False
+    bound: Callable[..., Tensor] | None = None

@@ -9,6 +9,7 @@ import torch
 from dsf_kernels.bench import Case, Work
 from dsf_kernels.inline_scan import inline_mix, inline_scan
 from dsf_kernels.reference import inline_mix_reference, inline_scan_reference
+from dsf_kernels.reference.inline import inline_mix_bound, inline_scan_bound
 
 CHUNK = 64  # of the operations counted
 
@@ -53,11 +54,15 @@ def case(dtype: torch.dtype, batch: int, length: int, head: int, state: int, cha
 
         def reference(*t):
             return inline_scan_reference(*t, **options)[0]
+
+        def bound(*t):
+            return inline_scan_bound(*t, **options)[0]
     else:
         function = functools.partial(inline_mix, **options)
         reference = functools.partial(inline_mix_reference, **options)
+        bound = functools.partial(inline_mix_bound, **options)
     return Case(
-        function, tensors, forward, backward, reference, draw(2, 257), peers, by_row=True,
+        function, tensors, forward, backward, reference, draw(2, 257), peers, bound=bound,
     )  # fmt: skip
 
 

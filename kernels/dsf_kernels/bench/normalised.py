@@ -9,6 +9,7 @@ import torch
 from dsf_kernels.bench import Case, Work
 from dsf_kernels.normalised_scan import normalised_scan
 from dsf_kernels.reference import normalised_scan_reference
+from dsf_kernels.reference.normalised import normalised_scan_bound
 
 CHUNK = 64  # of the operations counted
 EPS = 1e-10  # fla's
@@ -50,7 +51,8 @@ def case(dtype: torch.dtype, batch: int, length: int, head: int, state: int, cha
             )  # fmt: skip
     return Case(
         lambda *t: normalised_scan(*t, **options)[0], tensors, forward, backward,
-        lambda *t: normalised_scan_reference(*t, **options)[0], draw(2, 257), peers, by_row=True,
+        lambda *t: normalised_scan_reference(*t, **options)[0], draw(2, 257), peers,
+        bound=lambda *t: normalised_scan_bound(*t, **options)[0],
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 import dsf_kernels.bench
+from dsf_kernels import compiler
 from dsf_kernels.bench import Case, Work
 
 COPY_RATE = {"NVIDIA H200": 4.3e12}  # bytes a second, read + write; measured where not listed
@@ -106,7 +107,10 @@ def worst_units(case: Case) -> float:
     for function, change in (
         (case.function, lambda t: t),
         (case.reference, lambda t: t.double()),
-        (case.reference, lambda t: t.double() if bool((t <= 0).all()) else t.double().abs()),
+        (
+            case.bound or case.reference,
+            lambda t: t.double() if bool((t <= 0).all()) else t.double().abs(),
+        ),
     ):  # the third gives M: a tensor of logarithms, never positive, has no absolute value to take
         leaves = [change(t).detach().requires_grad_() for t in tensors]
         y = function(*leaves)
@@ -196,5 +200,6 @@ def versions() -> dict[str, str]:
     """What the times depend on."""
     return {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "cuda": str(torch.version.cuda),
+        "triton": triton.__version__, "ptxas": compiler.ptxas_version(),
+        "cuda": str(torch.version.cuda),
     }  # fmt: skip

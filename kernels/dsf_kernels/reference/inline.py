@@ -52,3 +52,33 @@ def inline_mix_reference(query, key, value, *, scale=1.0, over_count=False):
     centred = keys - keys.sum(1, keepdim=True) / length
     weights = g * torch.einsum("bihn,bjhn->bhij", queries, centred) + 1 / length
     return torch.einsum("bhij,bjhp->bihp", weights, value)
+
+
+def inline_scan_bound(query, key, value, initial=None, *, scale=1.0, over_count=False):
+    """The sums of the loop on arguments >= 0, where every term adds: what its rounding grows with.
+
+    Arguments and results as `inline_scan_reference`.
+    """
+    n_head, length = value.shape[2:0:-1]
+    memory, key_sum, value_sum, anchor, count = initial or (0, 0, 0, None, 0)
+    keys = _heads(key + (key[:, :1] if anchor is None else anchor[:, None]), n_head, 2)
+    t = torch.arange(count + 1, count + 1 + length, dtype=torch.float64, device=value.device)
+    t = t[:, None, None]
+    queries = _heads(query, n_head, 2) * (scale / t if over_count else scale)
+    written = keys[..., :, None] * value[..., None, :]
+    start = [s[:, None] if initial else 0 for s in (memory, key_sum, value_sum)]
+    sums = [x.cumsum(1) + s for x, s in zip((written, keys, value), start, strict=True)]
+    own = (1 + (queries * sums[1]).sum(-1, keepdim=True)) / t
+    y = (queries[..., None, :] @ sums[0])[..., 0, :] + own * sums[2]
+    last = [x.sum(1) + (s[:, 0] if initial else 0)
+            for x, s in zip((written, keys, value), start, strict=True)]  # fmt: skip
+    return y, (*last, anchor, count)
+
+
+def inline_mix_bound(query, key, value, *, scale=1.0, over_count=False):
+    """The same for the form that sees all tokens: as `inline_mix_reference`, every term added."""
+    n_head, length = value.shape[2], max(value.shape[1], 1)
+    keys = _heads(key + key.sum(1, keepdim=True) / length, n_head, 2)
+    g = scale / length if over_count else scale
+    weights = g * torch.einsum("bihn,bjhn->bhij", _heads(query, n_head, 2), keys) + 1 / length
+    return torch.einsum("bhij,bjhp->bihp", weights, value)

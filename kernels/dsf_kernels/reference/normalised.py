@@ -29,3 +29,21 @@ def normalised_scan_reference(
     divisor = both[..., -1:] + eps
     divisor = torch.where(divisor == 0, 1.0, divisor)
     return both[..., :-1] / divisor, final[..., :-1], final[..., -1]
+
+
+def normalised_scan_bound(
+    query, key, value, log_decay=None, initial_state=None, initial_key_sum=None, *,
+    scale=1.0, eps=0.0,
+):  # fmt: skip
+    """The loop on arguments >= 0, the gradient of the divisor with its sign turned round.
+
+    Every term then adds: what rounding grows with. Arguments and results as the loop's.
+    """
+    numerator, state = scalar_decay_scan_reference(
+        query, key, value, log_decay, initial_state, scale=scale
+    )
+    ones = torch.ones_like(value[..., :1])
+    start = None if initial_key_sum is None else initial_key_sum[..., None]
+    divisor, key_sum = scalar_decay_scan_reference(query, key, ones, log_decay, start, scale=scale)
+    divisor = 2 * divisor.detach() - divisor + eps
+    return numerator / divisor, state, key_sum[..., 0]

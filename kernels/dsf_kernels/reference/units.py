@@ -7,6 +7,8 @@ import torch
 # Half a unit in the last place over the value, at most; float32 is judged by the units alone.
 HALF_ULP = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 UNDERFLOW = 2.0**-120
+# The least that half a unit in the last place can be: half the distance of fp16's subnormals.
+LEAST_HALF = {torch.float16: 2.0**-25}
 
 
 def _run(function, tensors, grads, options):
@@ -33,9 +35,10 @@ def _found(kernel, tensors, seed, options):
 
 def _worst(value, true, unit):
     """Largest error over `unit`, beyond half an ulp and underflow; inf where not finite."""
-    error = (value.double() - true).abs() - HALF_ULP[value.dtype] * true.abs() - UNDERFLOW
+    half = (HALF_ULP[value.dtype] * true.abs()).clamp_min(LEAST_HALF.get(value.dtype, 0.0))
+    error = (value.double() - true).abs() - half - UNDERFLOW
     ratio = torch.where(error > 0, error / unit, torch.zeros_like(error))
-    ratio = torch.where(torch.isfinite(value), ratio, math.inf)
+    ratio = torch.where(torch.isfinite(value) & torch.isfinite(true), ratio, math.inf)
     return float(ratio.max()) if ratio.numel() else 0.0
 
 
@@ -48,7 +51,8 @@ def error_units(
     with M the reference run on absolute values (of all but the tensors named in `logs`, which are
     logarithms already), gradients likewise; `unit` is the unit round-off of the coarsest type
     that operands are rounded to. `tensors`: {argument: tensor or None}, of unit size: differences
-    below 2^-120 are float32 underflow and count 0. A non-finite result gives inf. bound: the loop
+    below 2^-120 are float32 underflow and count 0, and half an ulp is that of the subnormals where
+    the result is one. A non-finite result, or reference, gives inf. bound: the loop
     that gives M where `reference` subtracts; its terms must only add.
     """
     found, exact, grads = _found(kernel, tensors, seed, options)
