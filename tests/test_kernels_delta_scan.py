@@ -176,7 +176,7 @@ def test_compiles_ahead_of_time(name, architecture, record_property):
     fixed = settings | {"WIDTH": 64, "CHANNELS": 64, "SLAB": 32, "STEP": 32, "STAGES": 2}
     fixed |= dict.fromkeys(("Q_SHARE", "K_SHARE", "SHARE", "q_w", "k_w", "v_w", "y_w", "i_p"), 1)
     fixed |= dict.fromkeys(("HAS_DECAY", "HAS_INITIAL", "DECAY_GRAD", "FINAL", "FULL"), True)
-    fixed |= {"SOLVE": "tf32x3", "STORE": True, "SAVE": False}
+    fixed |= {"SOLVE": "tf32x3", "STORE": True, "SAVE": False, "table": None}
     floats = ("strength", "high", "low", "initial", "final", "grad_strength", "grad_decay")
     tensor = re.compile(
         "query|key|value|upstream|out|solved|states|adjoints|written|pulled|residual|grad"

@@ -190,7 +190,7 @@ def test_compiles_ahead_of_time(name, architecture, record_property):
     options = {"num_warps": tiles.pop("num_warps")}
     tiles["SLAB"] = min(tiles["SLAB"], 64)
     fixed = launch._shared(torch.empty(0, dtype=torch.bfloat16)) | tiles
-    fixed |= {"WIDTH": 64, "CHANNELS": 64, "PART": 64, "ONES": tiles["SLAB"]}
+    fixed |= {"WIDTH": 64, "CHANNELS": 64, "PART": 64, "ONES": tiles["SLAB"], "table": None}
     fixed |= dict.fromkeys(("PAIRED", "FULL", "HAS_INITIAL", "STORE", "SAVE", "FINAL"), True)
     fixed |= {"REVERSE": True} | dict.fromkeys(("w_p", "i_p", "v_p", "d_p"), 1)
     single = ("log_decay", "grad_decay", "total", "initial", "final")

@@ -191,7 +191,7 @@ def test_compiles_ahead_of_time(name, architecture, record_property):
     options = {"num_warps": tile.pop("num_warps"), "num_stages": 1}
     fixed = tile | {"SOFTPLUS": True, "SKIP": True, "FULL": True, "SAVE": True, "SUMMARY": False}
     fixed |= {"GATE": False, "BIAS": False, "EXACT": False, "N": 16, "MIX": tl.bfloat16}
-    fixed |= {"ROWS": module.ROWS, "UNROLL": module.UNROLL}
+    fixed |= {"ROWS": module.ROWS, "UNROLL": module.UNROLL, "table": None}
     fixed |= dict.fromkeys(("u_t", "s_t", "z_t", "g_t", "n_channel"), 4096)
     halves = ("u", "step", "gate", "ungated", "grad", "out", "grad_u", "grad_step", "grad_gate")
     floats = ("rates", "skip", "bias", "state", "saved", "grad_state", "grad_rates",

@@ -24,7 +24,7 @@ def _spanning_rows(ending, leaving, i):
 @triton.jit(do_not_specialize=["length", "n_chunk"])
 def gradient_kernel(query, key, value, upstream, strength, high, low, states, adjoints,  # noqa: C901
                     written, pulled, grad_query, grad_key, grad_value, grad_strength, grad_decay,
-                    length, n_chunk, n_head, width, channels, scale,
+                    table, length, n_chunk, n_head, width, channels, scale,
                     q_b, q_t, q_h, q_w, k_b, k_t, k_h, k_w, v_b, v_t, v_h, v_w,
                     y_b, y_t, y_h, y_w, s_b, s_t, s_h,
                     Q_SHARE: tl.constexpr, K_SHARE: tl.constexpr, HAS_DECAY: tl.constexpr,
@@ -32,11 +32,16 @@ def gradient_kernel(query, key, value, upstream, strength, high, low, states, ad
                     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
                     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, SLAB: tl.constexpr,
                     STAGES: tl.constexpr):  # fmt: skip
-    """See delta_scan.py for the equations: `written` is delta there, `pulled` r."""
+    """See delta_scan.py for the equations: `written` is delta there, `pulled` r.
+
+    table: see solve_kernel.
+    """
     program = tl.program_id(0).to(tl.int64)
     head, chunk = program % n_head, program // n_head % n_chunk
     batch = program // (n_head * n_chunk)
     lane, first = batch * n_head + head, chunk * CHUNK
+    if table is not None:
+        first = tl.load(table + 2 * chunk)
     query += batch * q_b + head // Q_SHARE * q_h
     key += batch * k_b + head // K_SHARE * k_h
     value += batch * v_b + head * v_h
@@ -48,6 +53,9 @@ def gradient_kernel(query, key, value, upstream, strength, high, low, states, ad
     states += (lane * n_chunk + chunk) * width * channels
     adjoints += (lane * n_chunk + chunk) * width * channels
     own, step = (batch * length * n_head + head) * channels, n_head * channels
+    line = batch * length
+    if table is not None:
+        line, length = 0, first + tl.load(table + 2 * chunk + 1)
     i = tl.arange(0, CHUNK)
     valid = i < length - first
     beta = tl.load(strength + i * s_t, valid, other=0.0).to(tl.float32)
@@ -132,7 +140,7 @@ def gradient_kernel(query, key, value, upstream, strength, high, low, states, ad
         grad = tl.dot(scores_back, qp, grad, input_precision=PRECISION)
         grad = tl.dot(symmetric, kp, grad, input_precision=PRECISION)
         cell = offset + tl.arange(0, SLAB)[None, :]
-        spot = ((batch * length + first + i[:, None]) * n_head + head) * width + cell
+        spot = ((line + first + i[:, None]) * n_head + head) * width + cell
         real = valid[:, None] & (cell < width)
         if FULL:
             tl.store(grad_key + spot, grad.to(grad_key.dtype.element_ty))

@@ -8,7 +8,7 @@ from dsf_kernels.chunks import cells, chunk_decays, entering, owned, pair_decay,
 
 @triton.jit(do_not_specialize=["length", "n_chunk"])
 def forward_kernel(query, key, value, strength, solved, out, high, low, initial, final, states,
-                   written, length, n_chunk, n_head, width, channels, scale,
+                   written, table, length, n_chunk, n_head, width, channels, scale,
                    q_b, q_t, q_h, q_w, k_b, k_t, k_h, k_w, v_b, v_t, v_h, v_w, s_b, s_t, s_h,
                    i_b, i_h, i_n, i_p,
                    Q_SHARE: tl.constexpr, K_SHARE: tl.constexpr, HAS_DECAY: tl.constexpr,
@@ -16,18 +16,36 @@ def forward_kernel(query, key, value, strength, solved, out, high, low, initial,
                    FINAL: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr,
                    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
                    WIDTH: tl.constexpr, SLAB: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Left to right: outputs (STORE), or each chunk's first state and what it writes (SAVE)."""
+    """Left to right: outputs (STORE), or each chunk's first state and what it writes (SAVE).
+
+    table: None, or first token and first chunk of every sequence of a packed row; a lane is then
+    a head of a sequence.
+    """
     _, lane, batch, head, offset = owned(tl.cdiv(channels, SLAB), n_head, SLAB)
-    query += batch * q_b + head // Q_SHARE * q_h
-    key += batch * k_b + head // K_SHARE * k_h
-    value += batch * v_b + head * v_h
-    strength += batch * s_b + head * s_h
-    out += (batch * length * n_head + head) * channels
-    written += (batch * length * n_head + head) * channels
-    states += lane * n_chunk * width * channels
-    solved += lane * n_chunk * CHUNK * CHUNK
-    high += lane * n_chunk * CHUNK
-    low += lane * n_chunk * CHUNK
+    line = batch
+    if table is not None:
+        table += 2 * batch
+        line, begin = 0, tl.load(table)
+        query += begin * q_t
+        key += begin * k_t
+        value += begin * v_t
+        strength += begin * s_t
+        out += begin * n_head * channels
+        written += begin * n_head * channels
+    query += line * q_b + head // Q_SHARE * q_h
+    key += line * k_b + head // K_SHARE * k_h
+    value += line * v_b + head * v_h
+    strength += line * s_b + head * s_h
+    out += (line * length * n_head + head) * channels
+    written += (line * length * n_head + head) * channels
+    chunks = lane * n_chunk if table is None else head * n_chunk + tl.load(table + 1)
+    states += chunks * width * channels
+    solved += chunks * CHUNK * CHUNK
+    high += chunks * CHUNK
+    low += chunks * CHUNK
+    if table is not None:
+        length = (tl.load(table + 2) - begin).to(tl.int32)
+        n_chunk = tl.cdiv(length, CHUNK)
     row, column, inside = cells(offset, width, channels, FULL, WIDTH, SLAB)
     initial += batch * i_b + head * i_h
     h = entering(initial, row, column, inside, i_n, i_p, HAS_INITIAL)
@@ -87,24 +105,40 @@ def forward_kernel(query, key, value, strength, solved, out, high, low, initial,
 
 @triton.jit(do_not_specialize=["length", "n_chunk"])
 def reverse_kernel(query, key, upstream, strength, solved, high, low, initial, final, states,
-                   residual, length, n_chunk, n_head, width, channels, scale,
+                   residual, table, length, n_chunk, n_head, width, channels, scale,
                    q_b, q_t, q_h, q_w, k_b, k_t, k_h, k_w, y_b, y_t, y_h, y_w, s_b, s_t, s_h,
                    i_b, i_h, i_n, i_p,
                    Q_SHARE: tl.constexpr, K_SHARE: tl.constexpr, HAS_DECAY: tl.constexpr,
                    HAS_INITIAL: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr,
                    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
                    WIDTH: tl.constexpr, SLAB: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Right to left: the state's gradient at each chunk's end, and r (see delta_scan.py)."""
+    """Right to left: the state's gradient at each chunk's end, and r (see delta_scan.py).
+
+    table: see forward_kernel.
+    """
     _, lane, batch, head, offset = owned(tl.cdiv(channels, SLAB), n_head, SLAB)
-    query += batch * q_b + head // Q_SHARE * q_h
-    key += batch * k_b + head // K_SHARE * k_h
-    upstream += batch * y_b + head * y_h
-    strength += batch * s_b + head * s_h
-    residual += (batch * length * n_head + head) * channels
-    states += lane * n_chunk * width * channels
-    solved += lane * n_chunk * CHUNK * CHUNK
-    high += lane * n_chunk * CHUNK
-    low += lane * n_chunk * CHUNK
+    line = batch
+    if table is not None:
+        table += 2 * batch
+        line, begin = 0, tl.load(table)
+        query += begin * q_t
+        key += begin * k_t
+        upstream += begin * y_t
+        strength += begin * s_t
+        residual += begin * n_head * channels
+    query += line * q_b + head // Q_SHARE * q_h
+    key += line * k_b + head // K_SHARE * k_h
+    upstream += line * y_b + head * y_h
+    strength += line * s_b + head * s_h
+    residual += (line * length * n_head + head) * channels
+    chunks = lane * n_chunk if table is None else head * n_chunk + tl.load(table + 1)
+    states += chunks * width * channels
+    solved += chunks * CHUNK * CHUNK
+    high += chunks * CHUNK
+    low += chunks * CHUNK
+    if table is not None:
+        length = (tl.load(table + 2) - begin).to(tl.int32)
+        n_chunk = tl.cdiv(length, CHUNK)
     row, column, inside = cells(offset, width, channels, FULL, WIDTH, SLAB)
     initial += batch * i_b + head * i_h
     h = entering(initial, row, column, inside, i_n, i_p, HAS_INITIAL)

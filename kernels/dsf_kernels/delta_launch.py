@@ -9,6 +9,7 @@ from dsf_kernels.delta_gradients import gradient_kernel
 from dsf_kernels.delta_kernels import forward_kernel, reverse_kernel
 from dsf_kernels.delta_solve import solve_kernel
 from dsf_kernels.launch import INTERPRETED, narrow, power_of_two
+from dsf_kernels.sequences import Sequences
 
 CHUNK = 64
 EXACT_CHUNK = 16
@@ -42,14 +43,23 @@ def _tile(choices: dict, settings: dict, channels: int) -> dict:
 
 
 class Plan:
-    """What the launches of one call share: sizes, chunk, type of products, decays, T."""
+    """What the launches of one call share: sizes, chunk, type of products, decays, T.
 
-    def __init__(self, key, strength, log_decay, n_channel, solved=None):
+    cu_seqlens: of a packed row; lanes are then heads of sequences.
+    """
+
+    def __init__(self, key, strength, log_decay, n_channel, solved=None, cu_seqlens=None):
         self.batch, self.length, self.head = strength.shape
         self.width, self.channels = key.shape[3], n_channel
         self.settings = products(key.dtype, self.width, n_channel)
         self.chunk = self.settings["CHUNK"]
-        self.n_chunk = -(-self.length // self.chunk)
+        self.n_chunk, self.lanes = -(-self.length // self.chunk), self.batch * self.head
+        self.packed = self.table = self.places = None
+        if cu_seqlens is not None:
+            self.packed = packed = Sequences(cu_seqlens, self.length, self.chunk)
+            self.n_chunk, self.lanes = packed.bound, packed.count * self.head
+            self.table, self.places = packed.table, packed.chunks()
+            log_decay = None if log_decay is None else packed.spread(log_decay)
         self.strength = narrow(strength, 1)
         self.wide = power_of_two(self.width, 16)
         decays = None if log_decay is None else cumulate(log_decay, self.chunk)
@@ -60,14 +70,20 @@ class Plan:
     def empty(self, *shape, kind=torch.float32):
         return torch.empty(shape, dtype=kind, device=self.strength.device)
 
+    def steps(self, chunks):
+        """(batch, head, time in chunks) as (batch, time, head)."""
+        if self.packed is not None:
+            return self.packed.gather(chunks.mT)
+        return chunks[:, :, : self.length].mT.contiguous()
+
     @property
     def kind(self):
         """The type of what passes between kernels."""
         return torch.float32 if self.settings["EXACT"] else torch.bfloat16
 
     def full(self, slab: int) -> bool:
-        rows = self.length % self.chunk == 0 and self.width == self.wide
-        return rows and self.channels % slab == 0
+        rows = self.packed is None and self.length % self.chunk == 0
+        return rows and self.width == self.wide and self.channels % slab == 0
 
     def share(self, tensor: Tensor) -> int:
         return self.head // tensor.shape[2]
@@ -80,7 +96,7 @@ class Plan:
         solved, key = self.empty(*chunks, kind=self.kind), narrow(key, 1)
         step = min(SOLVE["STEP"], self.wide)
         solve_kernel[(self.batch * self.n_chunk * self.head,)](
-            key, self.strength, *self.decays, solved, *self.sizes(),
+            key, self.strength, *self.decays, solved, self.places, *self.sizes(),
             *key.stride(), *self.strength.stride(), SHARE=self.share(key),
             HAS_DECAY=self.has_decay, FULL=self.full(1), WIDTH=self.wide,
             SOLVE="ieee" if self.settings["EXACT"] else "tf32x3",
@@ -92,14 +108,14 @@ class Plan:
         query, key, value = (narrow(t, 1) for t in (query, key, value))
         tile = _tile(FORWARD, self.settings, self.channels)
         n_slab = -(-self.channels // tile["SLAB"])
-        if not self.settings["EXACT"] and self.batch * self.head * n_slab <= MULTIPROCESSORS:
+        if not self.settings["EXACT"] and self.lanes * n_slab <= MULTIPROCESSORS:
             tile["STAGES"] = 3  # one program a multiprocessor: room for a deeper pipeline
         states, written = (key, key) if saved is None else saved
         strides = (0, 0, 0, 0) if initial is None else initial.stride()
-        forward_kernel[(self.batch * self.head * n_slab,)](
+        forward_kernel[(self.lanes * n_slab,)](
             query, key, value, self.strength, self.solved, key if out is None else out,
             *self.decays, key if initial is None else initial, key if final is None else final,
-            states, written, *self.sizes(), self.channels, float(scale),
+            states, written, self.table, *self.sizes(), self.channels, float(scale),
             *query.stride(), *key.stride(), *value.stride(), *self.strength.stride(), *strides,
             Q_SHARE=self.share(query), K_SHARE=self.share(key), HAS_DECAY=self.has_decay,
             HAS_INITIAL=initial is not None, STORE=out is not None, SAVE=saved is not None,
@@ -112,10 +128,10 @@ class Plan:
         tile = _tile(REVERSE, self.settings, self.channels)
         strides = (0, 0, 0, 0) if grad_final is None else grad_final.stride()
         n_slab = -(-self.channels // tile["SLAB"])
-        reverse_kernel[(self.batch * self.head * n_slab,)](
+        reverse_kernel[(self.lanes * n_slab,)](
             query, key, grad, self.strength, self.solved, *self.decays,
             key if grad_final is None else grad_final, grad_initial, adjoints, pulled,
-            *self.sizes(), self.channels, float(scale),
+            self.table, *self.sizes(), self.channels, float(scale),
             *query.stride(), *key.stride(), *grad.stride(), *self.strength.stride(), *strides,
             Q_SHARE=self.share(query), K_SHARE=self.share(key), HAS_DECAY=self.has_decay,
             HAS_INITIAL=grad_final is not None, FULL=self.full(tile["SLAB"]), WIDTH=self.wide,
@@ -129,7 +145,7 @@ class Plan:
         across = power_of_two(self.channels, 16)
         gradient_kernel[(self.batch * self.n_chunk * self.head,)](
             query, key, value, grad, self.strength, *self.decays, *between, *targets,
-            *self.sizes(), self.channels, float(scale),
+            self.places, *self.sizes(), self.channels, float(scale),
             *query.stride(), *key.stride(), *value.stride(), *grad.stride(),
             *self.strength.stride(),
             Q_SHARE=self.share(query), K_SHARE=self.share(key), HAS_DECAY=self.has_decay,

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from dsf_kernels.delta_launch import Plan, products
 from dsf_kernels.launch import (
+    check_decay,
     check_kind,
     check_matrix_state,
     check_scale,
@@ -41,77 +42,82 @@ from dsf_kernels.launch import (
     over_groups,
     start_state,
 )
+from dsf_kernels.sequences import check_sequences, count_rows, placed, results, start_states
 
 MAX_WIDTH = 256
 
 
-def _solved(value: Tensor, n_state: int) -> Tensor:
+def _solved(value: Tensor, n_state: int, cu_seqlens: Tensor | None) -> Tensor:
     """An empty T: (batch x head, chunk, step, step)."""
     settings = products(value.dtype, n_state, value.shape[3])
     chunk = settings["CHUNK"]
-    shape = (value.shape[0] * value.shape[2], -(-value.shape[1] // chunk), chunk, chunk)
+    n_chunk = -(-value.shape[1] // chunk)
+    if cu_seqlens is not None:
+        n_chunk = value.shape[1] // chunk + count_rows(value, cu_seqlens)
+    shape = (value.shape[0] * value.shape[2], n_chunk, chunk, chunk)
     return value.new_empty(shape, dtype=torch.float32 if settings["EXACT"] else torch.bfloat16)
 
 
 @torch.library.custom_op("dsf::delta_scan", mutates_args=())
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, strength: Tensor, log_decay: Tensor | None,
-    initial: Tensor | None, scale: float,
+    initial: Tensor | None, scale: float, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Outputs, final state, and T, which the backward pass uses again."""
-    batch, length, n_head, channels = value.shape
-    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    if min(batch, length, n_head, channels) == 0:
-        return out, start_state(value, key.shape[3], initial), _solved(value, key.shape[3])
-    final = value.new_empty((batch, n_head, key.shape[3], channels), dtype=torch.float32)
+    n_head, channels, n_state = *value.shape[2:], key.shape[3]
+    n_rows = count_rows(value, cu_seqlens)
+    out = results(value, cu_seqlens, value.shape)
+    if n_rows == 0 or value.numel() == 0:
+        final = start_states(value, n_state, initial, cu_seqlens)
+        return out, final, _solved(value, n_state, cu_seqlens)
+    final = value.new_empty((n_rows, n_head, n_state, channels), dtype=torch.float32)
     with on_device(value):
-        plan = Plan(key, strength, log_decay, channels)
+        plan = Plan(key, strength, log_decay, channels, cu_seqlens=cu_seqlens)
         plan.forward(query, key, value, scale, initial, out=out, final=final)
     return out, final, plan.solved
 
 
 @_forward.register_fake
-def _(query, key, value, strength, log_decay, initial, scale):
-    shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
-    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    return out, value.new_empty(shape, dtype=torch.float32), _solved(value, key.shape[3])
+def _(query, key, value, strength, log_decay, initial, scale, cu_seqlens=None):
+    shape = (count_rows(value, cu_seqlens), value.shape[2], key.shape[3], value.shape[3])
+    final = value.new_empty(shape, dtype=torch.float32)
+    return value.new_empty(value.shape), final, _solved(value, key.shape[3], cu_seqlens)
 
 
 @torch.library.custom_op("dsf::delta_scan_adjoint", mutates_args=())
 def _adjoint(
     query: Tensor, key: Tensor, value: Tensor, strength: Tensor, log_decay: Tensor | None,
     initial: Tensor | None, solved: Tensor, grad: Tensor, grad_final: Tensor | None,
-    scale: float, decay_grad: bool,
+    scale: float, decay_grad: bool, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, length, n_head, channels = value.shape
     n_state, device = key.shape[3], value.device
-    grad_value = torch.empty(value.shape, dtype=value.dtype, device=device)
-    grad_initial = value.new_empty((batch, n_head, n_state, channels), dtype=torch.float32)
-    if min(batch, length, n_head, channels) == 0:
+    n_rows = count_rows(value, cu_seqlens)
+    grad_value = results(value, cu_seqlens, value.shape)
+    if n_rows == 0 or value.numel() == 0:
         steps = value.new_zeros((batch, length, n_head), dtype=torch.float32)
         return (
             torch.zeros(query.shape, dtype=query.dtype, device=device),
             torch.zeros(key.shape, dtype=key.dtype, device=device),
             grad_value, steps, steps[:, : decay_grad * length].clone(),
-            start_state(value, n_state, grad_final),
+            start_states(value, n_state, grad_final, cu_seqlens),
         )  # fmt: skip
+    grad_initial = value.new_empty((n_rows, n_head, n_state, channels), dtype=torch.float32)
     with on_device(value):
-        plan = Plan(key, strength, log_decay, channels, solved)
+        plan = Plan(key, strength, log_decay, channels, solved, cu_seqlens)
         chunks = (batch * n_head, plan.n_chunk, n_state, channels)
         states, adjoints = (plan.empty(*chunks, kind=plan.kind) for _ in range(2))
         written, pulled = (plan.empty(*value.shape, kind=plan.kind) for _ in range(2))
         heads = (batch, length, n_head, n_state)
-        grad_query = plan.empty(*heads, kind=query.dtype)
-        grad_key = plan.empty(*heads, kind=key.dtype)
+        grad_query, grad_key = (results(t, cu_seqlens, heads) for t in (query, key))
         steps = [plan.empty(batch, n_head, plan.n_chunk * plan.chunk) for _ in range(2)]
         plan.forward(query, key, value, scale, initial, saved=(states, written))
         plan.reverse(query, key, grad, scale, grad_final, adjoints, pulled, grad_initial)
         plan.gradients(query, key, value, grad, scale, (states, adjoints, written, pulled),
                        (grad_query, grad_key, grad_value, *steps),
                        decay_grad)  # fmt: skip
-    grad_strength, grad_decay = (s[:, :, :length].mT.contiguous() for s in steps)
-    if not decay_grad:
-        grad_decay = grad_decay[:, :0].clone()
+        grad_strength = plan.steps(steps[0])
+        grad_decay = plan.steps(steps[1]) if decay_grad else steps[1].mT[:, :0].clone()
     return (
         over_groups(grad_query, query), over_groups(grad_key, key), grad_value, grad_strength,
         grad_decay, grad_initial,
@@ -120,8 +126,9 @@ def _adjoint(
 
 @_adjoint.register_fake
 def _(
-    query, key, value, strength, log_decay, initial, solved, grad, grad_final, scale, decay_grad
-):
+    query, key, value, strength, log_decay, initial, solved, grad, grad_final, scale, decay_grad,
+    cu_seqlens=None,
+):  # fmt: skip
     batch, length, n_head, channels = value.shape
     return (
         torch.empty(query.shape, dtype=query.dtype, device=query.device),
@@ -129,43 +136,50 @@ def _(
         torch.empty(value.shape, dtype=value.dtype, device=value.device),
         value.new_empty((batch, length, n_head), dtype=torch.float32),
         value.new_empty((batch, length if decay_grad else 0, n_head), dtype=torch.float32),
-        value.new_empty((batch, n_head, key.shape[3], channels), dtype=torch.float32),
+        value.new_empty(
+            (count_rows(value, cu_seqlens), n_head, key.shape[3], channels), dtype=torch.float32
+        ),
     )
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, cu_seqlens = inputs
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[2])
+    ctx.save_for_backward(*tensors, output[2], cu_seqlens)
 
 
 def _backward(ctx, grad, grad_final, _):
-    query, key, value, strength, log_decay, initial, solved = ctx.saved_tensors
+    query, key, value, strength, log_decay, initial, solved, cu_seqlens = ctx.saved_tensors
     wanted = log_decay is not None and ctx.needs_input_grad[4]
     grad = torch.zeros_like(value) if grad is None else grad
     *grads, grad_strength, grad_decay, grad_initial = _adjoint(
         query, key, value, strength, log_decay, initial, solved, grad, grad_final, ctx.scale,
-        wanted,
+        wanted, cu_seqlens,
     )  # fmt: skip
     grad_decay = grad_decay.to(log_decay.dtype) if wanted else None
     grad_initial = None if initial is None else grad_initial.to(initial.dtype)
-    return *grads, grad_strength.to(strength.dtype), grad_decay, grad_initial, None
+    return *grads, grad_strength.to(strength.dtype), grad_decay, grad_initial, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_save)
 
 
-def _checked(function, query, key, value, strength, log_decay, initial_state):
+def _checked(function, query, key, value, strength, log_decay, initial_state, cu_seqlens=None):
     """Raise on wrong kinds and shapes."""
     names = {"value": value, "query": query, "key": key, "write_strength": strength,
              "log_decay": log_decay, "initial_state": initial_state}  # fmt: skip
     check_kind(function, names)
-    check_matrix_state(function, query, key, value, initial_state, MAX_WIDTH)
+    whole = initial_state if cu_seqlens is None else None
+    check_matrix_state(function, query, key, value, whole, MAX_WIDTH)
+    if cu_seqlens is not None:
+        sizes = {"head": value.shape[2], "state": key.shape[3], "channel": value.shape[3]}
+        check_sequences(function, cu_seqlens, value, initial_state, sizes)
     sizes = dict(zip(("batch", "time", "head"), value.shape, strict=False))
     for name in ("write_strength", "log_decay"):
         if names[name] is not None:
             check_tensor(function, name, names[name], sizes, "one number a token and head")
+    check_decay(function, log_decay)
 
 
 def delta_scan(
@@ -177,6 +191,7 @@ def delta_scan(
     initial_state: Tensor | None = None,
     *,
     scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs, and the last state, of the delta rule, plain or gated.
 
@@ -184,6 +199,9 @@ def delta_scan(
     C = `query`, B = `key`, u = `value`, beta = `write_strength` (any number; 0 writes nothing,
     1 replaces what a unit key holds, 2 reflects), a = exp(`log_decay`) <= 1 (-inf resets exactly;
     None: 1), h_0 = `initial_state` (zero when None). DeltaNet, Gated DeltaNet.
+
+    cu_seqlens (n + 1,): n sequences packed along time in one row, each with its own initial and
+    final state (n, head, state, channel), as in `scalar_decay_scan`, with its errors.
 
     Shapes: query, key (batch, time, group, state) with group dividing head (head k reads group
     k // (head / group)), value (batch, time, head, channel), write_strength, log_decay
@@ -195,15 +213,18 @@ def delta_scan(
     in 3 x tf32 beside bf16 products).
     Keys are meant to have norm 1 (then |I - beta B B^T| <= 1 for beta in [0, 2]); longer keys are
     legal, and errors grow with the condition of the solve.
-    Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor).
+    Raises ValueError (shape, device; a log decay above 0 with DSF_KERNELS_CHECK=1, which makes
+    each call wait for the GPU), TypeError (dtype), NotImplementedError (CPU tensor).
     Cost: about time x (6 N P + 256 (N + P)) operations a head forward.
     Source: Yang et al. 2024 (DeltaNet, chunk form), Yang, Kautz, Hatamizadeh 2024 (gated);
     measured figures in kernels/README.md.
     """
     check_scale("delta_scan", scale)
-    _checked("delta_scan", query, key, value, write_strength, log_decay, initial_state)
     tensors = (query, key, value, write_strength, log_decay, initial_state)
-    return _forward(*tensors, float(scale))[:2]
+    _checked("delta_scan", *tensors, cu_seqlens)
+    if cu_seqlens is not None:
+        cu_seqlens = placed("delta_scan", cu_seqlens, value)
+    return _forward(*tensors, float(scale), cu_seqlens)[:2]
 
 
 def delta_summary(

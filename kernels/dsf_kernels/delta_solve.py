@@ -84,16 +84,22 @@ def _against(t, a, b, SOLVE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["length", "n_chunk"])
-def solve_kernel(key, strength, high, low, solved, length, n_chunk, n_head, width,
+def solve_kernel(key, strength, high, low, solved, table, length, n_chunk, n_head, width,
                  k_b, k_t, k_h, k_w, s_b, s_t, s_h, SHARE: tl.constexpr,
                  HAS_DECAY: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr,
                  COMPUTE: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
                  CHUNK: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    """T = (I + G)^-1 of one chunk, by forward substitution over blocks of 16 tokens."""
+    """T = (I + G)^-1 of one chunk, by forward substitution over blocks of 16 tokens.
+
+    table: None, or first token and tokens of every chunk of a packed row.
+    """
     program = tl.program_id(0).to(tl.int64)
     head, chunk = program % n_head, program // n_head % n_chunk
     batch = program // (n_head * n_chunk)
     lane, first = batch * n_head + head, chunk * CHUNK
+    if table is not None:
+        first = tl.load(table + 2 * chunk)
+        length = first + tl.load(table + 2 * chunk + 1)
     key += batch * k_b + head // SHARE * k_h
     strength += batch * s_b + head * s_h + first * s_t
     high += (lane * n_chunk + chunk) * CHUNK

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from dsf_kernels.combine import enter, leave
-from dsf_kernels.diagonal_scan import _place
+from dsf_kernels.diagonal_kernels import tile_of, tile_place
 from dsf_kernels.exponentials import ROUND, exponential
 
 # pi / 2 in three parts: products of the first two with a whole number below 2^13 are exact.
@@ -126,20 +126,26 @@ def _leave_tile(tile, n_tile, final, carry, width, ends, re, im, n: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["length", "n_tile", "modulus_c", "phase_c", "inputs_c", "states_c"])
-def _scan_kernel(log_modulus, phase, inputs, initial, states, final, carry, ticket,
+def _scan_kernel(log_modulus, phase, inputs, initial, states, final, table, carry, ticket,
                  length, width, n_tile, n_block, initial_b,
                  modulus_b, modulus_t, modulus_c, phase_b, phase_t, phase_c,
                  inputs_b, inputs_t, inputs_c, states_b, states_t, states_c,
                  FULL: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
                  C: tl.constexpr):  # fmt: skip
-    """Forward: h = a h + b. The grid is one program a tile; strides count whole numbers."""
-    tile, batch, block = _place(ticket, n_tile, n_block)
-    start = tile * T * S
+    """Forward: h = a h + b. The grid is one program a tile; strides count whole numbers.
+
+    table: see diagonal_kernels.
+    """
+    tile, batch, block = tile_place(ticket, n_tile, n_block)
+    slot, row, known = tile, batch, width
+    if table is not None:
+        row, origin, length, tile, n_tile, known = tile_of(table, tile, width)
+    start = tile * T * S if table is None else origin + tile * T * S
     first = block * C
     thread = tl.arange(0, S * C)
     time = thread // C * T
     channel = thread % C
-    held = channel < width - first
+    held = channel < known - first
     inside = tl.minimum(length - start, T * S).to(tl.int32)
     log_modulus += batch * modulus_b + start * modulus_t + first * modulus_c
     phase += batch * phase_b + start * phase_t + first * phase_c
@@ -162,12 +168,12 @@ def _scan_kernel(log_modulus, phase, inputs, initial, states, final, carry, tick
         )
     lane = (2 * first + _pair(channel * states_c))[:, None, :]
     keep = held[:, None, None] & (lane >= 0)
-    carry += (batch * n_tile + tile) * width * 2 + lane
+    carry += (batch * n_tile + tile if table is None else slot) * width * 2 + lane
     h_re, h_im, end_re, end_im = _enter_segment(total_re, total_im, end_re, end_im, tile,
-                                                initial + batch * initial_b + lane, carry, keep,
+                                                initial + row * initial_b + lane, carry, keep,
                                                 S, C)  # fmt: skip
     ends = keep & (thread >= S * C - C)[:, None, None]
-    _leave_tile(tile, n_tile, final + batch * width * 2 + lane, carry, width, ends,
+    _leave_tile(tile, n_tile, final + row * width * 2 + lane, carry, width, ends,
                 end_re, end_im, S * C)  # fmt: skip
     for t in tl.static_range(T):
         a_re, a_im, b_re, b_im = steps[t]
@@ -181,7 +187,7 @@ def _scan_kernel(log_modulus, phase, inputs, initial, states, final, carry, tick
 @triton.jit(do_not_specialize=["length", "n_tile", "modulus_c", "phase_c", "states_c", "grads_c",
                                "out_c"])  # fmt: skip
 def _adjoint_kernel(log_modulus, phase, states, grads, initial, grad_final, grad_modulus,
-                    grad_phase, grad_inputs, grad_initial, carry, ticket,
+                    grad_phase, grad_inputs, grad_initial, table, carry, ticket,
                     length, width, n_tile, n_block, initial_b, grad_final_b,
                     modulus_b, modulus_t, modulus_c, phase_b, phase_t, phase_c,
                     states_b, states_t, states_c, grads_b, grads_t, grads_c, out_b, out_t, out_c,
@@ -191,14 +197,18 @@ def _adjoint_kernel(log_modulus, phase, states, grads, initial, grad_final, grad
 
     db = m; dl + i dp = m_t conj(h_{t-1}) conj(a_t), which is 0 where a is.
     """
-    tile, batch, block = _place(ticket, n_tile, n_block)
+    tile, batch, block = tile_place(ticket, n_tile, n_block)
+    slot, row, known = tile, batch, width
+    if table is not None:
+        row, origin, length, tile, n_tile, known = tile_of(table, tile, width)
     start = length - 1 - tile * T * S
+    before = start if table is None else start - origin
     first = block * C
     thread = tl.arange(0, S * C)
     back = thread // C * T
     channel = thread % C
-    held = channel < width - first
-    newest = tl.minimum(start, T * S).to(tl.int32)
+    held = channel < known - first
+    newest = tl.minimum(before, T * S).to(tl.int32)
     some = tl.minimum(tile, 1).to(tl.int32)
     log_modulus += batch * modulus_b + start * modulus_t + first * modulus_c + channel * modulus_c
     phase += batch * phase_b + start * phase_t + first * phase_c + channel * phase_c
@@ -206,7 +216,7 @@ def _adjoint_kernel(log_modulus, phase, states, grads, initial, grad_final, grad
     grads += 2 * (batch * grads_b + start * grads_t + first * grads_c)
     lane = (2 * first + _pair(channel * out_c))[:, None, :]
     keep = held[:, None, None] & (lane >= 0)
-    begin = initial + batch * initial_b + 2 * first
+    begin = initial + row * initial_b + 2 * first
     total_re = tl.full([S * C], 1.0, tl.float32)
     total_im = tl.zeros([S * C], tl.float32)
     end_re = total_im
@@ -234,17 +244,19 @@ def _adjoint_kernel(log_modulus, phase, states, grads, initial, grad_final, grad
                             phase + (1 - back - T) * phase_t,
                             held & (back + T <= newest + 1))  # fmt: skip
     decays = decays + ((a_re, a_im),)
-    carry += (batch * n_tile + tile) * width * 2 + lane
+    carry += (batch * n_tile + tile if table is None else slot) * width * 2 + lane
     n_re, n_im, end_re, end_im = _enter_segment(total_re, total_im, end_re, end_im, tile,
-                                                grad_final + batch * grad_final_b + lane, carry,
+                                                grad_final + row * grad_final_b + lane, carry,
                                                 keep, S, C)  # fmt: skip
     oldest = held & (thread * 0 + tile == n_tile - 1)
     begin_re, begin_im = read_pair(begin, channel * out_c, oldest)
     if tile == n_tile - 1:
-        one_re, one_im = read_polar(log_modulus - start * modulus_t, phase - start * phase_t, held)
+        one_re, one_im = read_polar(
+            log_modulus - before * modulus_t, phase - before * phase_t, held
+        )
         end_re, end_im = times_conjugate(end_re, end_im, one_re, one_im)
     ends = keep & (thread >= S * C - C)[:, None, None]
-    _leave_tile(tile, n_tile, grad_initial + batch * width * 2 + lane, carry, width, ends,
+    _leave_tile(tile, n_tile, grad_initial + row * width * 2 + lane, carry, width, ends,
                 end_re, end_im, S * C)  # fmt: skip
     place = batch * out_b + start * out_t + first * out_c
     grad_inputs += 2 * place

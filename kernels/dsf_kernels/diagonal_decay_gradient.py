@@ -39,7 +39,7 @@ def spread(w, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "n_chunk", "q_n", "k_n", "g_n", "o_n", "o_t"])
 def gradient_kernel(query, key, log_decay, value, grad, start, end, ones,
-                    grad_query, grad_key, grad_decay,
+                    grad_query, grad_key, grad_decay, table,
                     length, n_chunk, n_head, width, channels, scale,
                     q_b, q_t, q_h, q_n, k_b, k_t, k_h, k_n, g_b, g_t, g_h, g_n,
                     v_b, v_t, v_h, v_p, d_b, d_t, d_h, d_p, o_n, o_t,
@@ -53,6 +53,7 @@ def gradient_kernel(query, key, log_decay, value, grad, start, end, ones,
     start, end: the state at the chunk's start, the state's gradient at its end. ones: factors
     without effect on the numbers, loaded after each product: they make the compiler hand the
     product's tile to the threads that keep a state's tokens, rather than those tiles to others.
+    table: see pair_kernel.
     """
     LOW: tl.constexpr = CHUNK // HIGH
     n_slab = tl.cdiv(width, SLAB)
@@ -62,6 +63,8 @@ def gradient_kernel(query, key, log_decay, value, grad, start, end, ones,
     batch, head = lane // n_head, lane % n_head
     offset = slab.to(tl.int32) * SLAB
     first = chunk * CHUNK
+    if table is not None:
+        first = tl.load(table + 2 * chunk)
     query += batch * q_b + head * q_h + first * q_t
     key += batch * k_b + head * k_h + first * k_t
     log_decay += batch * g_b + head * g_h + first * g_t
@@ -70,6 +73,8 @@ def gradient_kernel(query, key, log_decay, value, grad, start, end, ones,
     start += program * width * channels
     end += program * width * channels
     place = ((batch * length + first) * n_head + head) * width
+    if table is not None:
+        length = first + tl.load(table + 2 * chunk + 1)
     grad_query += place
     grad_key += place
     grad_decay += place

@@ -104,25 +104,36 @@ def put(pointer, x, stride_n, stride_t, first, length, offset, width, PAIRED: tl
         tl.store(pointer + place, x, inside)
 
 
+@triton.jit
+def beginning(table, chunk, CHUNK: tl.constexpr):
+    """First token of a chunk, of a packed row where there is a table."""
+    return chunk * CHUNK if table is None else tl.load(table + 2 * chunk)
+
+
 @triton.jit(do_not_specialize=["length", "n_chunk", "q_n", "k_n", "g_n", "o_n"])
-def pair_kernel(query, key, log_decay, score, q_out, k_out, total,
+def pair_kernel(query, key, log_decay, score, q_out, k_out, total, table,
                 length, n_chunk, n_head, width, scale,
                 q_b, q_t, q_h, q_n, k_b, k_t, k_h, k_n, g_b, g_t, g_h, g_n, o_n,
                 EXACT: tl.constexpr, COMPUTE: tl.constexpr,
                 PRECISION: tl.constexpr, PAIRED: tl.constexpr, FULL: tl.constexpr,
                 CHUNK: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr,
                 SLAB: tl.constexpr, LEVELS: tl.constexpr):  # fmt: skip
-    """Scores of the pairs inside one chunk, and the chunk's decayed queries and keys."""
+    """Scores of the pairs inside one chunk, and the chunk's decayed queries and keys.
+
+    table: None, or first token and tokens of every chunk of a packed row.
+    """
     LOW: tl.constexpr = CHUNK // HIGH
     program = tl.program_id(0).to(tl.int64)
     chunk, lane = program % n_chunk, program // n_chunk
     batch, head = lane // n_head, lane % n_head
-    query += batch * q_b + head * q_h + chunk * CHUNK * q_t
-    key += batch * k_b + head * k_h + chunk * CHUNK * k_t
-    log_decay += batch * g_b + head * g_h + chunk * CHUNK * g_t
+    query += batch * q_b + head * q_h + beginning(table, chunk, CHUNK) * q_t
+    key += batch * k_b + head * k_h + beginning(table, chunk, CHUNK) * k_t
+    log_decay += batch * g_b + head * g_h + beginning(table, chunk, CHUNK) * g_t
     q_out += program * CHUNK * width
     k_out += program * CHUNK * width
-    first = chunk * CHUNK
+    first = beginning(table, chunk, CHUNK)
+    if table is not None:
+        length = first + tl.load(table + 2 * chunk + 1)
     time = tl.arange(0, HIGH)[None, :, None] * LOW + tl.arange(0, LOW)[None, None, :]
     i = tl.arange(0, CHUNK)
     span = i[:, None] ^ i[None, :]
@@ -164,7 +175,7 @@ def pair_kernel(query, key, log_decay, score, q_out, k_out, total,
 
 
 @triton.jit(do_not_specialize=["length", "n_chunk"])
-def walk_kernel(x, y, score, w, total, out, initial, final, saved,
+def walk_kernel(x, y, score, w, total, out, initial, final, saved, table,
                 length, n_chunk, n_head, width, channels,
                 w_b, w_t, w_h, w_p, i_b, i_h, i_n, i_p,
                 REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE: tl.constexpr,
@@ -175,16 +186,27 @@ def walk_kernel(x, y, score, w, total, out, initial, final, saved,
 
     x, y, w: decayed queries, decayed keys, values; REVERSE walks back with keys, queries, output
     gradients, and the transposed score. A program owns one head and SLAB channels. `saved` gets
-    the state that enters each chunk.
+    the state that enters each chunk. table: None, or first token and first chunk of every
+    sequence of a packed row; a lane is then a head of a sequence.
     """
     _, lane, batch, head, offset = owned(tl.cdiv(channels, SLAB), n_head, SLAB)
-    x += lane * n_chunk * CHUNK * width
-    y += lane * n_chunk * CHUNK * width
-    score += lane * n_chunk * CHUNK * CHUNK
-    total += lane * n_chunk * width
-    w += batch * w_b + head * w_h
-    out += (batch * length * n_head + head) * channels
-    saved += lane * n_chunk * width * channels
+    chunks, line = lane * n_chunk, batch
+    if table is not None:
+        table += 2 * batch
+        chunks, line = head * n_chunk + tl.load(table + 1), 0
+    x += chunks * CHUNK * width
+    y += chunks * CHUNK * width
+    score += chunks * CHUNK * CHUNK
+    total += chunks * width
+    w += line * w_b + head * w_h
+    out += (line * length * n_head + head) * channels
+    saved += chunks * width * channels
+    if table is not None:
+        begin = tl.load(table)
+        length = (tl.load(table + 2) - begin).to(tl.int32)
+        n_chunk = tl.cdiv(length, CHUNK)
+        w += begin * w_t
+        out += begin * n_head * channels
     state = tl.arange(0, WIDTH)
     column = offset + tl.arange(0, SLAB)
     inside = (state[None, :] < width) & (column[:, None] < channels)

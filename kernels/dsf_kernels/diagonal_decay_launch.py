@@ -12,6 +12,7 @@ from torch import Tensor
 from dsf_kernels.diagonal_decay_gradient import gradient_kernel
 from dsf_kernels.diagonal_decay_kernels import pair_kernel, walk_kernel
 from dsf_kernels.launch import INTERPRETED, narrow, power_of_two
+from dsf_kernels.sequences import Sequences
 
 CHUNK = {False: 64, True: 32}
 """Tokens of a chunk, by the exactness of products; so are the tiles of each kernel. HIGH: the
@@ -58,10 +59,13 @@ def _paired(*tensors: Tensor) -> bool:
 
 
 class Chunks:
-    """What the forward and the backward pass share: scores, decayed queries and keys, totals."""
+    """What the forward and the backward pass share: scores, decayed queries and keys, totals.
+
+    cu_seqlens: of a packed row; lanes are then heads of sequences, tokens of none have results 0.
+    """
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor,
-                 scale: float):  # fmt: skip
+                 scale: float, cu_seqlens: Tensor | None = None):  # fmt: skip
         self.exact = exact_products(value)
         self.query, self.key, self.value, self.log_decay = (
             self._regular(t) for t in (query, key, value, log_decay)
@@ -69,7 +73,12 @@ class Chunks:
         self.scale = scale
         batch, length, self.n_head, self.channels = value.shape
         self.length, self.width, self.chunk = length, key.shape[3], CHUNK[self.exact]
-        self.n_chunk = -(-length // self.chunk)
+        self.n_chunk, self.lanes = -(-length // self.chunk), batch * self.n_head
+        self.packed, self.table, self.places = cu_seqlens is not None, None, None
+        if cu_seqlens is not None:
+            packed = Sequences(cu_seqlens, length, self.chunk)
+            self.n_chunk, self.lanes = packed.bound, packed.count * self.n_head
+            self.table, self.places = packed.table, packed.chunks()
         self.programs = batch * self.n_head * self.n_chunk
         self.kept = torch.float32 if self.exact else value.dtype
         rows = (2, self.programs, self.chunk, self.width)
@@ -81,14 +90,18 @@ class Chunks:
         wide = power_of_two(self.width, 16)
         tiles["SLAB"] = min(tiles["SLAB"], wide)
         given = (self.query, self.key, self.log_decay)
-        full = length % self.chunk == 0 and self.width == wide
+        full = self._full_rows(wide)
         pair_kernel[(self.programs,)](
-            *given, self.score, self.queries, self.keys, self.total,
+            *given, self.score, self.queries, self.keys, self.total, self.places,
             length, self.n_chunk, self.n_head, self.width, scale,
             *(step for t in given for step in t.stride()), 1,
             PAIRED=_paired(*given), FULL=full, WIDTH=wide,
             **_shared(value), **tiles,
         )  # fmt: skip
+
+    def _full_rows(self, wide: int) -> bool:
+        """Whether every chunk has all of its tokens, every tile all of its states."""
+        return not self.packed and self.length % self.chunk == 0 and self.width == wide
 
     def _regular(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy in strides that the GPU tests have covered."""
@@ -102,11 +115,10 @@ class Chunks:
         rows = self._regular(rows)
         tiles, wide = dict(WALK[self.exact]), power_of_two(self.width, 16)
         slab = tiles["SLAB"] = min(tiles["SLAB"], power_of_two(self.channels, 16))
-        full = self.length % self.chunk == 0 and self.width == wide and self.channels % slab == 0
-        lanes = self.programs // self.n_chunk
+        full = self._full_rows(wide) and self.channels % slab == 0
         targets = [x if t is None else t for t in (out, initial, final, saved)]
-        walk_kernel[(lanes * -(-self.channels // slab),)](
-            x, y, self.score, rows, self.total, *targets,
+        walk_kernel[(self.lanes * -(-self.channels // slab),)](
+            x, y, self.score, rows, self.total, *targets, self.table,
             self.length, self.n_chunk, self.n_head, self.width, self.channels,
             *rows.stride(), *((0, 0, 0, 0) if initial is None else initial.stride()),
             REVERSE=reverse, HAS_INITIAL=initial is not None, STORE=out is not None,
@@ -122,15 +134,16 @@ class Chunks:
     def gradients(self, grad: Tensor, start: Tensor, end: Tensor) -> list[Tensor]:
         """Gradients of queries, keys, log decays."""
         given = (self.query, self.key, self.log_decay)
-        found = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in given]
+        new = torch.zeros if self.packed else torch.empty
+        found = [new(t.shape, dtype=t.dtype, device=t.device) for t in given]
         tiles, grad = dict(GRADIENT[self.exact]), self._regular(grad)
         wide, broad = power_of_two(self.width, 16), power_of_two(self.channels, 16)
         paired = tiles.pop("PAIRED") and _paired(*given)
         slab = tiles["SLAB"] = min(tiles["SLAB"], wide)
         tiles["PART"] = min(tiles["PART"], broad)
-        full = self.length % self.chunk == 0 and self.width == wide and self.channels == broad
+        full = self._full_rows(wide) and self.channels == broad
         gradient_kernel[(self.programs * -(-self.width // slab),)](
-            *given, self.value, grad, start, end, start.new_ones((8, slab)), *found,
+            *given, self.value, grad, start, end, start.new_ones((8, slab)), *found, self.places,
             self.length, self.n_chunk, self.n_head, self.width, self.channels, self.scale,
             *(step for t in (*given, self.value, grad) for step in t.stride()), 1, 0,
             FULL=full, CHANNELS=broad,

@@ -24,12 +24,20 @@ from torch.nn.functional import pad
 from dsf_kernels.diagonal_decay_launch import Chunks
 from dsf_kernels.launch import (
     INTERPRETED,
+    check_decay,
     check_kind,
     check_scale,
     check_tensor,
     check_type,
     on_device,
-    start_state,
+)
+from dsf_kernels.sequences import (
+    check_sequences,
+    count_rows,
+    edges,
+    placed,
+    results,
+    start_states,
 )
 
 MAX_WIDTH = 256
@@ -38,38 +46,38 @@ MAX_WIDTH = 256
 @torch.library.custom_op("dsf::diagonal_decay_scan", mutates_args=())
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, initial: Tensor | None,
-    scale: float,
+    scale: float, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    if value.numel() == 0:
-        return out, start_state(value, key.shape[3], initial)
-    shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
+    out = results(value, cu_seqlens, value.shape)
+    n_rows = count_rows(value, cu_seqlens)
+    if n_rows == 0 or value.numel() == 0:
+        return out, start_states(value, key.shape[3], initial, cu_seqlens)
+    shape = (n_rows, value.shape[2], key.shape[3], value.shape[3])
     final = value.new_empty(shape, dtype=torch.float32)
     with on_device(value):
-        chunks = Chunks(query, key, value, log_decay, scale)
+        chunks = Chunks(query, key, value, log_decay, scale, cu_seqlens)
         chunks.walk(value, out=out, initial=initial, final=final)
     return out, final
 
 
 @_forward.register_fake
-def _(query, key, value, log_decay, initial, scale):
-    shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
-    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    return out, value.new_empty(shape, dtype=torch.float32)
+def _(query, key, value, log_decay, initial, scale, cu_seqlens=None):
+    shape = (count_rows(value, cu_seqlens), value.shape[2], key.shape[3], value.shape[3])
+    return value.new_empty(value.shape), value.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("dsf::diagonal_decay_scan_adjoint", mutates_args=())
 def _adjoint(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, initial: Tensor | None,
-    grad: Tensor, grad_final: Tensor | None, scale: float,
+    grad: Tensor, grad_final: Tensor | None, scale: float, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_initial = start_state(value, key.shape[3], grad_final)
-    grad_value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    if value.numel() == 0:
+    grad_initial = start_states(value, key.shape[3], grad_final, cu_seqlens)
+    grad_value = results(value, cu_seqlens, value.shape)
+    if grad_initial.shape[0] == 0 or value.numel() == 0:
         zeros = [torch.zeros(t.shape).to(t) for t in (query, key, log_decay)]
         return zeros[0], zeros[1], grad_value, zeros[2], grad_initial
     with on_device(value):
-        chunks = Chunks(query, key, value, log_decay, scale)
+        chunks = Chunks(query, key, value, log_decay, scale, cu_seqlens)
         start, end = chunks.states(), chunks.states()
         chunks.walk(value, initial=initial, saved=start)
         chunks.walk(grad, reverse=True, out=grad_value, initial=grad_final, final=grad_initial,
@@ -79,25 +87,25 @@ def _adjoint(
 
 
 @_adjoint.register_fake
-def _(query, key, value, log_decay, initial, grad, grad_final, scale):
+def _(query, key, value, log_decay, initial, grad, grad_final, scale, cu_seqlens=None):
     like = [torch.empty(t.shape, dtype=t.dtype, device=t.device)
             for t in (query, key, value, log_decay)]  # fmt: skip
-    state = (value.shape[0], *key.shape[2:], value.shape[3])
+    state = (count_rows(value, cu_seqlens), *key.shape[2:], value.shape[3])
     return *like, value.new_empty(state, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.scale, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, cu_seqlens)
 
 
 def _backward(ctx, grad, grad_final):
-    query, key, value, log_decay, initial = ctx.saved_tensors
+    query, key, value, log_decay, initial, cu_seqlens = ctx.saved_tensors
     grad = torch.zeros_like(value) if grad is None else grad
     *grads, grad_initial = _adjoint(
-        query, key, value, log_decay, initial, grad, grad_final, ctx.scale
+        query, key, value, log_decay, initial, grad, grad_final, ctx.scale, cu_seqlens
     )
-    return *grads, None if initial is None else grad_initial.to(initial.dtype), None
+    return *grads, None if initial is None else grad_initial.to(initial.dtype), None, None
 
 
 _forward.register_autograd(_backward, setup_context=_save)
@@ -109,7 +117,7 @@ def _every_head(x: Tensor, value: Tensor) -> Tensor:
     return x.expand(-1, -1, value.shape[2], -1) if one else x
 
 
-def _check(function, query, key, value, log_decay, bonus, initial_state):
+def _check(function, query, key, value, log_decay, bonus, initial_state, cu_seqlens=None):
     """Raise on wrong kinds and shapes."""
     names = {"value": value, "key": key, "query": query, "log_decay": log_decay, "bonus": bonus,
              "initial_state": initial_state}  # fmt: skip
@@ -125,14 +133,18 @@ def _check(function, query, key, value, log_decay, bonus, initial_state):
     if bonus is not None:
         sizes = {"head": n_head, "state": n_state}
         check_tensor(function, "bonus", bonus, sizes, "sizes are fixed by key")
-    if initial_state is not None:
-        sizes = {"batch": batch, "head": n_head, "state": n_state, "channel": channels}
+    sizes = {"head": n_head, "state": n_state, "channel": channels}
+    if cu_seqlens is not None:
+        check_sequences(function, cu_seqlens, value, initial_state, sizes)
+    elif initial_state is not None:
+        sizes = {"batch": batch} | sizes
         check_tensor(function, "initial_state", initial_state, sizes, "fixed by key and value")
     if min(n_state, channels) < 1:
         raise ValueError(
             f"dsf_kernels.{function}: expected state and channel of 1 at least, got "
             f"state={n_state}, channel={channels}."
         )
+    check_decay(function, log_decay)
     gap = diagonal_decay_gap(n_state, channels)
     if gap:
         raise NotImplementedError(
@@ -147,7 +159,7 @@ def diagonal_decay_gap(n_state: int, channels: int) -> str:
     return f"expected state and channel up to {MAX_WIDTH}, got state={n_state}, channel={channels}"
 
 
-def _run(query, key, value, log_decay, initial, scale):
+def _run(query, key, value, log_decay, initial, scale, cu_seqlens=None):
     """The operator on even widths, as GPU tests have covered.
 
     An odd one gets a state that is never written or read, or a channel of 0.
@@ -159,23 +171,30 @@ def _run(query, key, value, log_decay, initial, scale):
     value = pad(value, (0, more)) if more else value
     if initial is not None and (states or more):
         initial = pad(initial, (0, more, 0, states))
-    output, final = _forward(query, key, value, log_decay, initial, scale)
+    output, final = _forward(query, key, value, log_decay, initial, scale, cu_seqlens)
     return output[..., :channels], final[:, :, :n_state, :channels]
 
 
-def _before(query, key, value, log_decay, initial, bonus, scale):
+def _before(query, key, value, log_decay, initial, bonus, scale, cu_seqlens=None):
     """Outputs that read the state before the step, y_t = scale C_t (h_{t-1} + diag(w) B_t u_t).
 
     h_{t-1} is the state of the same recurrence with tokens one place later; the last token is
     applied, and the bonus added, outside the kernel.
     """
     if value.shape[1] == 0:
-        return _run(query, key, value, log_decay, initial, scale)
+        return _run(query, key, value, log_decay, initial, scale, cu_seqlens)
     late = [pad(t[:, :-1], (0, 0, 0, 0, 1, 0)) for t in (key, value, log_decay)]
-    output, state = _run(query, *late, initial, scale)
+    ends = [t[:, -1].float() for t in (key, value, log_decay)]
     direct = (query.float() * bonus.float() * key.float()).sum(3, keepdim=True) * value.float()
-    last = key[:, -1].float()[..., None] * value[:, -1].float()[:, :, None]
-    final = log_decay[:, -1].float().exp()[..., None] * state + last
+    if cu_seqlens is not None:
+        owned, begins, last, filled = edges(cu_seqlens, value.shape[1])
+        late = [t.masked_fill(begins[:, None, None], 0) for t in late]
+        ends = [t[0, last].float() for t in (key, value, log_decay)]
+        direct = direct.masked_fill(~owned[:, None, None], 0)
+    output, state = _run(query, *late, initial, scale, cu_seqlens)
+    final = ends[2].exp()[..., None] * state + ends[0][..., None] * ends[1][:, :, None]
+    if cu_seqlens is not None:
+        final = torch.where(filled[:, None, None, None], final, state)
     return (output.float() + scale * direct).to(value.dtype), final
 
 
@@ -188,6 +207,7 @@ def diagonal_decay_scan(
     *,
     bonus: Tensor | None = None,
     scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs, and the last state, of a matrix state under one decay per state and token.
 
@@ -197,6 +217,9 @@ def diagonal_decay_scan(
     HGRN2). With `bonus` w (RWKV-6) the output reads the state before the step:
     y_t = scale C_t (h_{t-1} + diag(w) B_t u_t).
 
+    cu_seqlens (n + 1,): n sequences packed along time in one row, each with its own initial and
+    final state (n, head, state, channel), as in `scalar_decay_scan`, with its errors.
+
     Shapes: query, key, log_decay (batch, time, head or 1, state), value (batch, time, head,
     channel), bonus (head, state), initial_state (batch, head, state, channel); time from 0, any
     strides (those of bf16 that do not read two states at once are copied);
@@ -205,8 +228,9 @@ def diagonal_decay_scan(
     tensors.
     Matrix products round their operands to bf16 for bf16 and to tf32 for fp16, and are exact
     float32 for fp32; decays, sums and the state are float32.
-    Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor;
-    wider than above).
+    Raises ValueError (shape, device; a log decay above 0 with DSF_KERNELS_CHECK=1, which makes
+    each call wait for the GPU), TypeError (dtype), NotImplementedError (CPU tensor; wider than
+    above).
     Cost: time x (4 N P + 128 (7 N + P)) operations a head forward with chunks of 64; memory
     beside the outputs: two of query's size and 64 numbers a token and head, in backward two
     states for 64 tokens too.
@@ -217,11 +241,13 @@ def diagonal_decay_scan(
     if key is None:
         key = -torch.expm1(log_decay.float()).to(value.dtype)
     query, key, log_decay = (_every_head(t, value) for t in (query, key, log_decay))
-    _check("diagonal_decay_scan", query, key, value, log_decay, bonus, initial_state)
-    given = (query, key, value, log_decay, initial_state)
+    given = (query, key, value, log_decay)
+    _check("diagonal_decay_scan", *given, bonus, initial_state, cu_seqlens)
+    if cu_seqlens is not None:
+        cu_seqlens = placed("diagonal_decay_scan", cu_seqlens, value)
     if bonus is None:
-        return _run(*given, float(scale))
-    return _before(*given, bonus, float(scale))
+        return _run(*given, initial_state, float(scale), cu_seqlens)
+    return _before(*given, initial_state, bonus, float(scale), cu_seqlens)
 
 
 def diagonal_decay_summary(key: Tensor, value: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:

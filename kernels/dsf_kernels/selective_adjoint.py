@@ -10,6 +10,7 @@ from dsf_kernels.exponentials import LN_2, decay_of, sigmoid, softplus
 from dsf_kernels.selective_kernels import (
     COUNTS,
     add,
+    first_tile,
     halves,
     load,
     pick,
@@ -81,7 +82,7 @@ def sum_channels(mixed, left, right, to, here, inside, N: tl.constexpr, C: tl.co
 @triton.jit(do_not_specialize=[*COUNTS, "g_c"])
 def adjoint_kernel(u, step, gate, ungated, grad, rates, pairs, skip, bias, saved, span,
                    grad_state, grad_rates, grad_u, grad_step, grad_gate, grad_pairs, grad_ends,
-                   length, width, n_tile, n_segment, n_block, n_group, unit,
+                   table, length, width, n_tile, n_segment, n_block, n_group, unit,
                    u_b, u_c, s_b, s_c, z_b, z_c, g_b, g_c, n_channel: tl.constexpr,
                    u_t: tl.constexpr, s_t: tl.constexpr, z_t: tl.constexpr, g_t: tl.constexpr,
                    SOFTPLUS: tl.constexpr, GATE: tl.constexpr, SKIP: tl.constexpr,
@@ -95,12 +96,16 @@ def adjoint_kernel(u, step, gate, ungated, grad, rates, pairs, skip, bias, saved
     program's channels of m_t Delta_t u_t and h_t dy_t, (time, 2, state). grad_ends: sums over time
     for D and bias. MIX: the type in which the sums over channels go through the matrix unit, or
     None for float32 additions. SUMMARY: grad_state alone, and the sum of Delta in `span`.
+    table: see forward_kernel.
     """
     segment, block, group, channel, lane, keep = place(width, n_block, n_group, C)
     time = tl.arange(0, T)[None, :]
     batch = segment // n_segment
-    start = segment % n_segment * n_tile * T
-    tiles = tl.minimum(n_tile, tl.cdiv((length - start).to(tl.int32), T))
+    start, stop = segment % n_segment * n_tile * T, length
+    if table is not None:
+        table += 3 * segment
+        batch, start, stop = 0, tl.load(table), tl.load(table + 1)
+    tiles = tl.minimum(n_tile, tl.cdiv((stop - start).to(tl.int32), T))
     start += (tiles - 1) * T
     flat = (batch * length + start) * n_channel + channel
     u += batch * u_b + channel * u_c + start * u_t
@@ -116,7 +121,7 @@ def adjoint_kernel(u, step, gate, ungated, grad, rates, pairs, skip, bias, saved
     rates += channel
     grad_state += segment * N * n_channel + channel
     grad_rates += segment * N * n_channel + channel
-    saved += (tl.program_id(0).to(tl.int64) * n_tile + tiles - 1) * (N * C)
+    saved += (first_tile(table, block, n_segment, n_tile) + tiles - 1) * (N * C)
     along = lane * unit
     d = load(skip + channel + along, keep) if SKIP else 0.0
     shift = load(bias + channel + along, keep) if BIAS else 0.0
@@ -127,7 +132,7 @@ def adjoint_kernel(u, step, gate, ungated, grad, rates, pairs, skip, bias, saved
     sink = tl.zeros([C, 1], tl.float32)
     STEP: tl.constexpr = tl.constexpr(max(8, T * N // C))  # words between touches
     room = width - (channel - group * width)
-    left = (length - start).to(tl.int32)
+    left = (stop - start).to(tl.int32)
     start = (tiles - 1) * T  # steps of this segment before the tile
     for _ in range(tiles):
         if FULL:

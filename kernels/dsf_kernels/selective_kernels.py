@@ -78,6 +78,16 @@ def place(width, n_block, n_group, C: tl.constexpr):
 
 
 @triton.jit
+def first_tile(table, block, n_segment, n_tile):
+    """Where a program's tiles begin among the saved ones; table at its segment's row."""
+    if table is None:
+        tile = tl.program_id(0).to(tl.int64) * n_tile
+    else:
+        tile = block * n_segment + tl.load(table + 2)
+    return tile
+
+
+@triton.jit
 def rate_of(rates, n, n_channel, lane, keep, EXACT: tl.constexpr):
     rate = tl.maximum(load(rates + n * n_channel + lane, keep), -1e30)
     return rate if EXACT else rate * LOG2_E
@@ -88,7 +98,7 @@ COUNTS = ["length", "n_tile", "n_segment", "n_block", "n_group", "unit", "u_c", 
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(u, step, gate, rates, pairs, skip, bias, state, span, out, ungated, saved,
-                   length, width, n_tile, n_segment, n_block, n_group, unit,
+                   table, length, width, n_tile, n_segment, n_block, n_group, unit,
                    u_b, u_c, s_b, s_c, z_b, z_c, n_channel: tl.constexpr,
                    u_t: tl.constexpr, s_t: tl.constexpr, z_t: tl.constexpr,
                    SOFTPLUS: tl.constexpr, GATE: tl.constexpr, SKIP: tl.constexpr,
@@ -99,13 +109,19 @@ def forward_kernel(u, step, gate, rates, pairs, skip, bias, state, span, out, un
     """Outputs of one segment of n_tile tiles, and the state before every tile.
 
     `state` (segment, state, channel) holds the first state, then the last. SUMMARY: the last
-    state alone, and the sum of Delta in `span`, as a sum of two float32.
+    state alone, and the sum of Delta in `span`, as a sum of two float32. table: None, or, of every
+    segment of a packed row, its first token, the one after its last, its first tile; n_segment is
+    then the number of tiles.
     """
-    segment, _, group, channel, lane, keep = place(width, n_block, n_group, C)
+    segment, block, group, channel, lane, keep = place(width, n_block, n_group, C)
     time = tl.arange(0, T)[None, :]
     batch = segment // n_segment
     start = segment % n_segment * n_tile * T
     left = (length - start).to(tl.int32)
+    if table is not None:
+        table += 3 * segment
+        batch, start = 0, tl.load(table)
+        left = (tl.load(table + 1) - start).to(tl.int32)
     flat = (batch * length + start) * n_channel + channel
     u += batch * u_b + channel * u_c + start * u_t
     step += batch * s_b + channel * s_c + start * s_t
@@ -115,7 +131,7 @@ def forward_kernel(u, step, gate, rates, pairs, skip, bias, state, span, out, un
     out += flat
     ungated += flat
     state += segment * N * n_channel + channel
-    saved += tl.program_id(0).to(tl.int64) * n_tile * (N * C)
+    saved += first_tile(table, block, n_segment, n_tile) * (N * C)
     along = lane * unit  # unit is 1: were it known, lanes would take neighbouring channels
     d = load(skip + channel + along, keep) if SKIP else 0.0
     shift = load(bias + channel + along, keep) if BIAS else 0.0
@@ -197,12 +213,13 @@ def store_two(to, segment, n_channel, channel, first, second, keep):
 
 
 @triton.jit(do_not_specialize=["n_segment"])
-def connect_kernel(ends, span, rates, outer, n_segment, size, n_channel,
+def connect_kernel(ends, span, rates, outer, offsets, n_segment, size, n_channel,
                    REVERSE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """States at the starts of the segments, in place of their ends from zero.
 
     h_next = exp(A span) h + end, from `outer` (batch, state, channel), which takes the last.
-    REVERSE: from the last segment to the first, for the adjoint.
+    REVERSE: from the last segment to the first, for the adjoint. offsets: None, or the first
+    segment of every sequence of a packed row.
     """
     program = tl.program_id(0).to(tl.int64)
     n_block = tl.cdiv(size, BLOCK)
@@ -211,8 +228,12 @@ def connect_kernel(ends, span, rates, outer, n_segment, size, n_channel,
     keep = element < size
     rate = tl.maximum(load(rates + element, keep), -1e30)
     h = load(outer + batch * size + element, keep)
+    if offsets is not None:
+        first = tl.load(offsets + batch)
+        n_segment = (tl.load(offsets + batch + 1) - first).to(tl.int32)
     for i in range(n_segment):
-        segment = batch * n_segment + (n_segment - 1 - i if REVERSE else i)
+        segment = batch * n_segment if offsets is None else first
+        segment += n_segment - 1 - i if REVERSE else i
         total = span + segment * 2 * n_channel + element % n_channel
         high, low = load(total, keep), load(total + n_channel, keep)
         decay = decay_of(high, rate, True)

@@ -21,6 +21,7 @@ from dsf_kernels.selective_launch import (
     launch_summary,
     room,
 )
+from dsf_kernels.sequences import check_sequences, count_rows, placed
 
 MAX_STATE = 256
 
@@ -29,19 +30,19 @@ MAX_STATE = 256
 def _forward(
     u: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     bias: Tensor | None, z: Tensor | None, initial: Tensor | None, softplus: bool, save: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return launch_forward(u, step, A, B, C, D, bias, z, initial, softplus, save)
+    return launch_forward(u, step, A, B, C, D, bias, z, initial, softplus, save, cu_seqlens)
 
 
 @_forward.register_fake
-def _(u, step, A, B, C, D, bias, z, initial, softplus, save):
-    batch, _, channels = u.shape
-    like = {"dtype": u.dtype, "device": u.device}
+def _(u, step, A, B, C, D, bias, z, initial, softplus, save, cu_seqlens=None):
+    state = count_rows(u, cu_seqlens), A.shape[1], u.shape[2]
     return (
-        torch.empty(u.shape, **like),
-        u.new_empty((batch, A.shape[1], channels), dtype=torch.float32),
-        torch.empty((0,) if z is None else u.shape, **like),
-        room(u, B, save),
+        u.new_empty(u.shape),
+        u.new_empty(state, dtype=torch.float32),
+        u.new_empty((0,) if z is None else u.shape),
+        room(u, B, save, cu_seqlens),
     )
 
 
@@ -49,43 +50,45 @@ def _(u, step, A, B, C, D, bias, z, initial, softplus, save):
 def _adjoint(
     u: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
     bias: Tensor | None, z: Tensor | None, ungated: Tensor, saved: Tensor, grad: Tensor,
-    grad_final: Tensor | None, softplus: bool,
+    grad_final: Tensor | None, softplus: bool, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of u, step, A, (B, C), (D, bias), z, initial state (batch, state, channel)."""
-    return launch_adjoint(u, step, A, B, C, D, bias, z, ungated, saved, grad, grad_final, softplus)
+    """Gradients of u, step, A, (B, C), (D, bias), z, initial state (row, state, channel)."""
+    given = u, step, A, B, C, D, bias, z, ungated, saved, grad, grad_final
+    return launch_adjoint(*given, softplus, cu_seqlens)
 
 
 @_adjoint.register_fake
-def _(u, step, A, B, C, D, bias, z, ungated, saved, grad, grad_final, softplus):
-    return empty_grads(u, step, A, B, z)
+def _(u, step, A, B, C, D, bias, z, ungated, saved, grad, grad_final, softplus, cu_seqlens=None):
+    return empty_grads(u, step, A, B, z, cu_seqlens)
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros for the saved states
-    *tensors, _, ctx.softplus, ctx.save = inputs
-    ctx.save_for_backward(*tensors, inputs[8], output[2], output[3])
+    *tensors, ctx.softplus, ctx.save, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, output[2], output[3], cu_seqlens)
 
 
 def _backward(ctx, grad, grad_final, _ungated, _saved):
-    u, step, A, B, C, D, bias, z, initial, ungated, saved = ctx.saved_tensors
+    u, step, A, B, C, D, bias, z, initial, ungated, saved, cu_seqlens = ctx.saved_tensors
     if not ctx.save:
-        saved = _forward(u, step, A, B, C, D, bias, z, initial, ctx.softplus, True)[3]
+        given = u, step, A, B, C, D, bias, z, initial
+        saved = _forward(*given, ctx.softplus, True, cu_seqlens)[3]
     grad = torch.zeros_like(u) if grad is None else grad
     grad_u, grad_step, grad_A, sums, ends, grad_z, grad_initial = _adjoint(
-        u, step, A, B, C, D, bias, z, ungated, saved, grad, grad_final, ctx.softplus
+        u, step, A, B, C, D, bias, z, ungated, saved, grad, grad_final, ctx.softplus, cu_seqlens
     )
     return (
         grad_u, grad_step, grad_A.to(A.dtype), sums[..., 0, :].to(B.dtype),
         sums[..., 1, :].to(C.dtype), None if D is None else ends[0].to(D.dtype),
         None if bias is None else ends[1].to(bias.dtype), None if z is None else grad_z,
-        None if initial is None else grad_initial.mT.to(initial.dtype), None, None,
+        None if initial is None else grad_initial.mT.to(initial.dtype), None, None, None,
     )  # fmt: skip
 
 
 _forward.register_autograd(_backward, setup_context=_save)
 
 
-def _checked(function, u, step_size, A, B, C, D, z, bias, initial_state):
+def _checked(function, u, step_size, A, B, C, D, z, bias, initial_state, cu_seqlens=None):
     """Raise on wrong kinds and shapes."""
     names = {"u": u, "step_size": step_size, "A": A, "B": B, "C": C, "D": D, "z": z,
              "bias": bias, "initial_state": initial_state}  # fmt: skip
@@ -101,8 +104,13 @@ def _checked(function, u, step_size, A, B, C, D, z, bias, initial_state):
     full = {"batch": batch, "time": length, "channel": channels}
     group = {"batch": batch, "time": length, "group": None, "state": n_state}
     state = {"batch": batch, "channel": channels, "state": n_state}
-    sizes = {"step_size": full, "z": full, "B": group, "C": group, "initial_state": state,
-             "D": {"channel": channels}, "bias": {"channel": channels}}  # fmt: skip
+    sizes = {"step_size": full, "z": full, "B": group, "C": group, "D": {"channel": channels},
+             "bias": {"channel": channels}}  # fmt: skip
+    if cu_seqlens is None:
+        sizes["initial_state"] = state
+    else:
+        del state["batch"]
+        check_sequences(function, cu_seqlens, u, initial_state, state, "u")
     for name, expected in sizes.items():
         tensor = names[name]
         if tensor is not None:
@@ -128,6 +136,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     *,
     softplus: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs, and the last state, of the selective scan S6, every channel with its own states.
 
@@ -135,6 +144,9 @@ def selective_scan(
     y_t[d] = (sum_n C_t[n] h_t[d,n] + D[d] u_t[d]) SiLU(z_t[d]), with s_t = `step_size` + `bias`,
     or its softplus; without D the skip, without z the gate is left out; h_0 = `initial_state`
     (zero when None). A <= 0 decays; a product s_t A of -100 or less forgets exactly.
+
+    cu_seqlens (n + 1,): n sequences packed along time in one row, each with its own initial and
+    final state (n, channel, state), as in `scalar_decay_scan`, with its errors.
 
     Shapes: u, step_size, z (batch, time, channel); A (channel, state); B, C (batch, time, group,
     state) with group dividing channel (channel d reads group d // (channel / group)); D, bias
@@ -152,9 +164,11 @@ def selective_scan(
     Source: Gu and Dao 2023 (equation 2, section 3.3); measured figures in kernels/README.md.
     """
     tensors = (u, step_size, A, B, C, D, bias, z, initial_state)
-    _checked("selective_scan", u, step_size, A, B, C, D, z, bias, initial_state)
+    _checked("selective_scan", u, step_size, A, B, C, D, z, bias, initial_state, cu_seqlens)
+    if cu_seqlens is not None:
+        cu_seqlens = placed("selective_scan", cu_seqlens, u)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    out, final, _, _ = _forward(*tensors, softplus, save)
+    out, final, _, _ = _forward(*tensors, softplus, save, cu_seqlens)
     return out, final.mT
 
 
