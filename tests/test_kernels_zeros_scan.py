@@ -11,6 +11,9 @@ from kernel_laws import UNIT
 
 LIMIT = 64.0  # units of round-off, of the size of a row
 CLOSE = 1e-11
+TILES = {"NARROW": {"CHUNK": 32, "COLUMNS": 16, "SLAB": 16, "num_warps": 4, "STAGES": 1},
+         "BLOCK": 32, "FACTORS": 32}  # fmt: skip
+SPLIT = {"FEW": 8, "PARTS": 3, "LEAST": 1}  # rows cut in time, however short
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -139,8 +142,12 @@ def laws(device="cpu"):
 
 def interpret():
     launch = importlib.import_module("dsf_kernels.zeros_launch")
-    vars(launch).update(CHUNK=16, SLAB=16, BLOCK=32)
+    vars(launch).update(TILES)
     found = {name: measure(case) for name, case in small().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SPLIT.items():
+            patch.setattr(launch, name, value)
+        found["in segments"] = measure((tensors(49, past=3), torch.float32))
     empty = run(**tensors(0, past=4))
     found["empty"] = {"moments": float((empty[1] - tensors(0, past=4)["moments"]).abs().max())}
     arguments = tensors(3, past=3)
@@ -219,35 +226,79 @@ def test_the_walks_build(name, arch, parts, record_property):
     launch = importlib.import_module("dsf_kernels.zeros_launch")
     kernel = getattr(importlib.import_module(f"dsf_kernels.zeros_{name}"), f"{name}_kernel")
     fixed = launch.settings(torch.bfloat16, 128, 128)
-    options = {k: fixed.pop(k) for k in ("num_warps", "num_stages")}
-    names = ("query", "left", "right", "other", "pull", "read", "asked", "out")
+    options = {"num_warps": fixed.pop("num_warps")}
+    names = ("query", "left", "right", "other", "pull", "values", "asked", "out")
     types: dict[str, str] = dict.fromkeys(names, "*bf16")
-    types |= dict.fromkeys(("logit", "first", "higher", "zero", "moments", "final", "parts",
-                            "start_grad"), "*fp32")  # fmt: skip
-    types |= dict.fromkeys(("log_total", "mean", "initial"), "*fp64")
-    fixed |= dict.fromkeys(("HAS_INITIAL", "HAS_FINAL", "HAS_ZERO"), True) | {"PARTS": parts}
-    fixed |= dict.fromkeys(("q_c", "k_c", "v_c", "a_c"), 1)
+    types |= dict.fromkeys(("factors", "moments", "final", "parts"), "*fp32")
+    fixed |= dict.fromkeys(("HAS_INITIAL", "STORE", "FINAL", "FULL"), True) | {"PARTS": parts}
+    fixed |= dict.fromkeys(("q_c", "k_c", "v_c", "a_c"), 1) | {"ROWS": 17}
     kernel_laws.build(kernel, arch, types, fixed, options, record_property)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zeros_kernels.totals_kernel", "zeros_adjoint.close_kernel"])
+@pytest.mark.parametrize(
+    "name",
+    ["zeros_kernels.totals_kernel", "zeros_kernels.factors_kernel", "zeros_adjoint.close_kernel",
+     "zeros_segments.carry_kernel"],
+)  # fmt: skip
 def test_the_sums_build(name, record_property):
     pytest.importorskip("triton", reason="triton is not installed")
     module, kernel = name.split(".")
     kernel = getattr(importlib.import_module(f"dsf_kernels.{module}"), kernel)
-    doubles = ["log_total", "mean", "initial", "ends", "first_ends"]
-    doubles += ["final"] if "totals" in name else []
-    types: dict[str, str] = dict.fromkeys(("logit", "steep", "flat", "own", "out"), "*fp32")
-    types |= dict.fromkeys(doubles, "*fp64")
-    kernel_laws.build(kernel, 90, types, {"HAS_INITIAL": True, "BLOCK": 1024}, {"num_warps": 8},
-                      record_property)  # fmt: skip
+    singles = ("logit", "first", "higher", "zero", "factors", "parts", "own", "out", "d_first",
+               "d_higher", "d_zero", "moments", "starts")  # fmt: skip
+    types: dict[str, str] = dict.fromkeys(singles, "*fp32")
+    types |= dict.fromkeys(("log_total", "mean", "initial", "first_ends"), "*fp64")
+    types |= {"ends": "*fp32" if "carry" in name else "*fp64",
+              "final": "*fp64" if "totals" in name else "*fp32"}  # fmt: skip
+    fixed = dict.fromkeys(("HAS_INITIAL", "HAS_STATE", "HAS_ZERO"), True)
+    fixed |= {"REVERSE": False, "EXACT": False, "ROWS": 17, "CHUNK": 64, "BLOCK": 256}
+    kernel_laws.build(kernel, 90, types, fixed, {"num_warps": 8}, record_property)
 
 
 @kernel_laws.on_gpu
 @pytest.mark.parametrize("name", list(large()) if torch.cuda.is_available() else [])
 def test_gpu_matches_loop(name):
     units = measure(large()[name], "cuda")
+    assert max(units.values()) <= LIMIT, units
+
+
+def closed(query, key, value, logit, first, higher, zero, moments=None, totals=None):
+    """The loop from nothing by cumulative sums in float64, for ordinary logits and long rows."""
+    assert moments is None
+    assert totals is None
+    count = torch.arange(1, query.shape[1] + 1, device=query.device).double()[:, None]
+    outer, weight = torch.einsum("bthn,bthp->bthnp", key, value), logit.exp()
+    total, sums = weight.cumsum(1), logit.cumsum(1)
+    mean = sums / count
+    far, slopes, plain = ((w[..., None, None] * outer).cumsum(1) for w in
+                          (weight, logit, torch.ones_like(logit)))  # fmt: skip
+    gap = far / total[..., None, None] - plain / count[..., None, None]
+    slopes = slopes - mean[..., None, None] * plain
+    read = higher[..., None, None] * gap
+    read = read + ((first - higher) / count)[..., None, None] * slopes
+    read = read + (zero / count)[..., None, None] * plain
+    output = torch.einsum("bthn,bthnp->bthp", query, read)
+    held = torch.stack([gap[:, -1], slopes[:, -1], plain[:, -1]], 2)
+    return output, held, torch.stack([total[:, -1].log(), mean[:, -1]], -1)
+
+
+def test_the_closed_form_is_the_loop():
+    arguments = {k: v if v is None else v.double() for k, v in tensors(37).items()}
+    for ours, theirs in zip(closed(**arguments), loop(**arguments), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=CLOSE, atol=CLOSE)
+
+
+@kernel_laws.on_gpu
+@pytest.mark.parametrize(
+    ("length", "head"), [(20_000, 16), (20_000, 24), (131_071, 16), (131_071, 24), (1_048_576, 8)]
+)
+def test_gpu_error_does_not_grow_with_the_length(length, head):
+    """Up to 16 heads cut in time, more of them walked; with fewer a gate's row has no size."""
+    from dsf_kernels.reference import row_units
+
+    arguments = moved(tensors(length, head=head), "cuda")
+    units = row_units(run, closed, arguments, unit=UNIT[torch.float32])
     assert max(units.values()) <= LIMIT, units
 
 

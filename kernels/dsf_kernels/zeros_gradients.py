@@ -12,30 +12,10 @@ A gradient of the last state is one more row of these sums.
 import torch
 from torch import Tensor
 
-from dsf_kernels.launch import narrow, on_device
-from dsf_kernels.zeros_adjoint import adjoint_kernel, close_kernel
-from dsf_kernels.zeros_launch import BLOCK, settings, sum_logits, walk
-
-
-def _walk_back(other, pull, read, gates, sums, last, totals, out, start, asked, parts):
-    """`adjoint_kernel`; last: gradient of the last moments (..., left, right) or None."""
-    _, length, head, n_right = read.shape
-    batch = read.shape[0]
-    logit, first, higher, zero = gates
-    other, pull, read, asked = (narrow(t, 1) for t in (other, pull, read, asked))
-    n_left, chosen = other.shape[3], settings(read.dtype, other.shape[3], n_right)
-    n_slab = -(-n_right // chosen["SLAB"])
-    none = logit if zero is None else zero
-    held = (0,) * 5 if last is None else last.stride()
-    adjoint_kernel[(batch * head * n_slab,)](
-        other, pull, read, logit, first, higher, none, *sums, out if last is None else last,
-        sums[0] if totals is None else totals, out, start, asked,
-        out if parts is None else parts, length, head, n_left, n_right, n_slab,
-        *other.stride(), *pull.stride(), *read.stride(), *logit.stride(), *first.stride(),
-        *higher.stride(), *none.stride(), *held, *asked.stride(),
-        HAS_INITIAL=totals is not None, HAS_FINAL=last is not None, HAS_ZERO=zero is not None,
-        PARTS=parts is not None, **chosen,
-    )  # fmt: skip
+from dsf_kernels.launch import on_device
+from dsf_kernels.zeros_adjoint import close_kernel
+from dsf_kernels.zeros_kernels import ALL_ROWS
+from dsf_kernels.zeros_launch import serial, settings, sum_logits, walk
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
@@ -46,7 +26,7 @@ def _after(last, held, grad, grad_totals):
     """What the gradient of the last state adds to the suffix sums: (batch, head, 2) float64."""
     ends = last.new_zeros(*last.shape[:2], 2)
     if grad is not None:
-        gap, _, plain = held.unbind(2)
+        gap, _, plain = held.mT.unbind(2)
         ends[..., 0] += _inner(grad[:, :, 0], gap + plain / last[..., 2, None, None])
         ends[..., 1] += _inner(grad[:, :, 1], plain)
     if grad_totals is not None:
@@ -86,40 +66,31 @@ def backward(ctx, grad, grad_moments, grad_totals):
     def empty(*shape):
         return value.new_empty(shape, dtype=torch.float32)
 
-    def slabs(n_left, n_right):
-        return -(-n_right // settings(value.dtype, n_left, n_right)["SLAB"])
-
-    parts = empty(slabs(channels, n_state), batch, head, length, 3)
-    own = empty(slabs(channels, n_state), batch, head, length)
-    d_query, d_key, d_value = (
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)
+    chosen = settings(value.dtype, channels, n_state)
+    n_slab = -(-n_state // chosen["SLAB"])
+    parts, own = empty(n_slab, batch, head, length, 3), empty(n_slab, batch, head, length)
+    d_query, d_key, d_value, d_logit, d_first, d_higher, d_zero = (
+        None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in ctx.saved_tensors[:7]
     )
-    held = empty(batch, head, 3, channels, n_state)
-    turned, start = torch.empty_like(held), empty(batch, head, 3, n_state, channels)
+    held = None if grad_moments is None else empty(batch, head, 3, channels, n_state)
+    start = None if moments is None else empty(batch, head, 3, n_state, channels)
     with on_device(value):
-        log_total, mean, last = sum_logits(logit, totals)
-        sums = log_total, mean
+        sums, last = sum_logits(gates, totals, chosen, ALL_ROWS)
         flipped = None if moments is None else moments.mT
-        walk(grad, value, key, gates, sums, flipped, totals, d_query, held, query, parts)
+        walk(grad, value, key, sums, flipped, d_query, held, query, parts)
         pulled = None if grad_moments is None else grad_moments.mT
-        _walk_back(value, grad, query, gates, sums, pulled, totals, d_key, turned, key, own)
-        _walk_back(key, query, grad, gates, sums, grad_moments, totals, d_value, start, grad, None)
-        by_high, by_first, by_zero = parts.sum(0).unbind(-1)  # (batch, head, time)
-        wide = higher.mT.float()
-        slope = first.mT.float() - wide
-        count = torch.arange(1, length + 1, device=value.device, dtype=torch.float64)
-        if totals is not None:
-            count = count + totals[..., 2:]
-        ends = _after(last, held.mT, grad_moments, grad_totals)
-        firsts, d_logit = torch.empty_like(ends), logit.new_empty(logit.shape)
+        walk(value, grad, query, sums, pulled, d_key, None, key, own, reverse=True)
+        walk(key, query, grad, sums, grad_moments, d_value, start, reverse=True)
+        ends = _after(last, held, grad_moments, grad_totals)
+        firsts = torch.empty_like(ends)
         close_kernel[(batch * head,)](
-            logit, log_total, log_total if totals is None else totals,
-            (wide * (by_high + by_zero)).contiguous(), (slope * by_zero / count).contiguous(),
-            ends, own.sum(0), d_logit, firsts, length, head, *logit.stride(),
-            HAS_INITIAL=totals is not None, BLOCK=BLOCK, num_warps=8,
+            logit, first, higher, sums.log_total, sums.log_total if totals is None else totals,
+            parts, own, ends, d_logit, d_first, d_higher, d_first if zero is None else d_zero,
+            firsts, length, head, n_slab, n_slab, *logit.stride(), *first.stride(),
+            *higher.stride(), HAS_INITIAL=totals is not None, HAS_ZERO=zero is not None,
+            **serial(length),
         )  # fmt: skip
-    d_first, d_higher = by_first.mT.to(first.dtype), (by_high - by_first).mT.to(higher.dtype)
-    return (d_query, d_key, d_value, d_logit, d_first, d_higher,
-            None if zero is None else by_zero.mT.to(zero.dtype),
+    return (d_query, d_key, d_value, d_logit, d_first, d_higher, d_zero,
             None if moments is None else start.to(moments.dtype),
             None if totals is None else _before(totals, moments, start, firsts))  # fmt: skip

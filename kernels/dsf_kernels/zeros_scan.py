@@ -1,7 +1,9 @@
 """ZeroS attention in one pass: a zero-sum softmax with gates on its orders.
 
-One kernel sums the logits in float64, one walks along time with three states of state x 32
-channels in registers: a product of scores and one with values in a chunk, three with the states.
+One kernel sums the logits in float64, one writes from the sums what tokens are multiplied with,
+one walks along time with three states of state x 64 channels in registers: a product of scores
+and one with values in a chunk, three with the states. A long row of few heads is cut in time:
+each segment first adds up its own states (zeros_segments).
 """
 
 from typing import NamedTuple
@@ -53,10 +55,12 @@ def zeros_scan(
     gates (batch, time, head); state and channel 1 to 128, time from 0, any strides; query, key,
     value of one type, bf16, fp16 or fp32. Logits must be finite. Returns outputs like value and a
     `ZerosState`. Differentiable in all tensors, once. The sums of logits are float64, so that a
-    common offset costs no digits; states are float32; nothing of row t depends on later logits.
+    common offset costs no digits; states are float32, and those of fp32 inputs keep what rounding
+    loses, so that errors do not grow with time; nothing of row t depends on later logits.
     Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor).
-    Cost: time x (12 N P + 4 c (N + P)) operations a head in chunks of c <= 64, time in order;
-    backward about three times that. Memory beyond the outputs: 16 bytes a token and head.
+    Cost: time x (12 N P + 4 c (N + P)) operations a head in chunks of c <= 128; backward about
+    three times that. Memory beyond the outputs: 68 bytes a token and head, 112 backward; where a
+    row is cut, states of at most 128 segments a head.
     Source: ZeroS (zero-sum linear attention), in a running normalised form.
     """
     name = "zeros_scan"

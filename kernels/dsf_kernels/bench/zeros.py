@@ -37,4 +37,5 @@ def case(batch: int, length: int, head: int, width: int) -> Case:
 CASES = {
     "f zeros bf16 8 x 4096, 16 heads, 128 x 128": lambda: case(8, 4096, 16, 128),
     "f zeros bf16 8 x 4096, 32 heads, 64 x 64": lambda: case(8, 4096, 32, 64),
+    "f zeros bf16 1 x 1048576, 2 heads, 128 x 128": lambda: case(1, 1_048_576, 2, 128),
 }
