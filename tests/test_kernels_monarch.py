@@ -11,6 +11,7 @@ from kernel_laws import UNIT
 
 pytest.importorskip("triton", reason="triton is not installed")
 LIMIT = 64.0  # units of the row: two products and two softmax a step, each of rounded operands
+PEER = 1.25  # times the units of the definition in float32
 HALF = 1e-2  # absolute, of numbers of unit size in fp16
 BRAIN = 5e-2  # in bf16
 EXACT = 1e-12
@@ -68,6 +69,14 @@ INTERPRETED = {
     "strided": (strided(5), {"block": 2, "steps": 2}),
     "peaked": ({k: v * 5 for k, v in tensors(16).items()}, {"block": 4}),
 }  # fmt: skip
+WIDE = {  # tiles that no program holds: forward, one step
+    "wide blocks": (tensors(80, 1, 4, 5), {"block": 40, "key_mask": scattered(80)}),
+    "wide, before, nothing kept": (
+        tensors(69, 1, 4, batch=2),
+        {"block": 35, "padding": "before", "key_mask": masked(69, 0, 33)},
+    ),
+    "wide, peaked": ({k: v * 5 for k, v in tensors(36, 1, 4).items()}, {"block": 1}),
+}
 SIXTEEN = {
     f"{str(dtype)[6:]} {name}": (
         {k: v.to(dtype) for k, v in INTERPRETED[name][0].items()}, INTERPRETED[name][1],
@@ -75,18 +84,27 @@ SIXTEEN = {
     for dtype in (torch.float16, torch.bfloat16)
     for name in ("two steps",)
 }  # fmt: skip
-SHAPES = [(16, 4, 2, 16), (19, 4, 2, 16), (256, 16, 1, 64), (2000, 90, 2, 32), (997, 31, 3, 64),
-          (4096, 64, 1, 64), (1024, 8, 2, 60), (1024, 128, 2, 100), (8191, 127, 2, 128),
-          (16384, 128, 1, 64)]  # length, block, steps, width  # fmt: skip
-ON_GPU = INTERPRETED | SIXTEEN | {
-    f"{str(dtype)[6:]} {length} in blocks of {block}, {steps} steps, width {width}, {kept} kept": (
+# type, length, block, steps, width, and whether a row of the batch keeps a third of its keys:
+# every side of a tile, one step and more, and all of these in 16 bits, as few as that takes
+SHAPES = [
+    (torch.float32, 997, 31, 3, 64, True), (torch.float32, 4096, 64, 1, 64, True),
+    (torch.float32, 16384, 128, 1, 64, True),
+    (torch.float16, 19, 4, 2, 16, True), (torch.float16, 256, 16, 1, 64, False),
+    (torch.float16, 2000, 90, 2, 32, True), (torch.float16, 4096, 64, 1, 64, False),
+    (torch.float16, 8191, 127, 2, 128, False), (torch.float16, 16384, 128, 1, 64, False),
+    (torch.bfloat16, 1024, 8, 2, 60, True), (torch.bfloat16, 4096, 64, 3, 64, True),
+    (torch.bfloat16, 1024, 128, 1, 100, True),
+]  # fmt: skip
+SMALL = ("length 0", "length 1", "prime, before, two steps", "blocks in two parts",
+         "places without a query, three steps", "nothing kept", "strided", "peaked")  # fmt: skip
+ON_GPU = {name: INTERPRETED[name] for name in SMALL} | {
+    f"{str(dtype)[6:]} {length} in blocks of {block}, {steps} steps, width {width}, "
+    f"{'some' if some else 'all'} kept": (
         tensors(length, 2, width, 64, dtype, batch=2),
-        {"block": block, "steps": steps,
-         "key_mask": None if kept == "all" else masked(length, length, length // 3)},
+        {"block": block, "steps": steps, "key_mask": masked(length, length, length // 3)}
+        if some else {"block": block, "steps": steps},
     )
-    for dtype in (torch.float32, torch.float16, torch.bfloat16)
-    for length, block, steps, width in SHAPES
-    for kept in ("all", "some")
+    for dtype, length, block, steps, width, some in SHAPES
 }  # fmt: skip
 
 
@@ -100,8 +118,11 @@ def both(function, options):
     return run
 
 
-def measure(case, device="cpu"):
-    """Errors by tensor: units of the row in float32, absolute over the limit times LIMIT else."""
+def measure(case, device="cpu", *, plain=False):
+    """Errors by tensor: units of the row in float32, absolute over the limit times LIMIT else.
+
+    plain: of the definition computed in float32, instead of the kernel.
+    """
     from dsf_kernels.monarch_attention import monarch_attention
     from dsf_kernels.reference import monarch_attention_reference, row_units
 
@@ -111,6 +132,8 @@ def measure(case, device="cpu"):
         options["key_mask"] = options["key_mask"].to(device)
     dtype = arguments["value"].dtype
     kernel, loop = (both(f, options) for f in (monarch_attention, monarch_attention_reference))
+    if plain:
+        kernel = both(monarch_attention_reference, options | {"dtype": torch.float32})
     if dtype == torch.float32:
         return row_units(kernel, loop, arguments, unit=UNIT[dtype])
     limit = HALF if dtype == torch.float16 else BRAIN
@@ -120,6 +143,24 @@ def measure(case, device="cpu"):
         name: float(((a - b).abs() / b.abs().amax().clamp_min(1)).max() / limit * LIMIT)
         for name, a, b in zip(("output", *NAMES), *found, strict=True)
     }
+
+
+def forward_error(case, device="cpu"):
+    """Error of the output alone, as `measure`."""
+    from dsf_kernels.monarch_attention import monarch_attention
+    from dsf_kernels.reference import monarch_attention_reference
+
+    arguments, options = kernel_laws.moved(case[0], device), dict(case[1])
+    if options.get("key_mask") is not None:
+        options["key_mask"] = options["key_mask"].to(device)
+    found, true = (f(**arguments, **options).double()
+                   for f in (monarch_attention, monarch_attention_reference))  # fmt: skip
+    error = (found - true).abs()
+    if arguments["value"].dtype == torch.float32:
+        size = true.abs().amax(-1, keepdim=True).clamp_min(true.square().mean().sqrt())
+        return float((error / (UNIT[torch.float32] * size)).max())
+    limit = HALF if arguments["value"].dtype == torch.float16 else BRAIN
+    return float((error / true.abs().amax().clamp_min(1)).max() / limit * LIMIT)
 
 
 def differentiated(function, arguments):
@@ -147,6 +188,9 @@ def interpret():
     found["masked rows unread"] = torch.equal(
         clean[1], module.monarch_attention(**dirty, **options)[1]
     )
+    launch = importlib.import_module("dsf_kernels.monarch_launch")
+    launch.__dict__["MAX_TILE"] = 16
+    found |= {name: {"output": forward_error(case)} for name, case in WIDE.items()}
     small = [*tensors(5).values(), None, 2, 2, False, 0.5]
     torch.library.opcheck(torch.ops.dsf.monarch_attention, tuple(small),
                           test_utils=kernel_laws.OPCHECKS)  # fmt: skip
@@ -158,7 +202,7 @@ def test_interpreted():
     found = kernel_laws.run_interpreted(__file__)
     for law in ("strides", "zero without keys", "masked rows unread"):
         assert found.pop(law), law
-    assert set(found) == set(INTERPRETED | SIXTEEN)
+    assert set(found) == set(INTERPRETED | SIXTEEN | WIDE)
     kernel_laws.all_within(found, LIMIT)
 
 
@@ -208,7 +252,10 @@ def test_large_tiles_are_refused(monkeypatch):
 
     monkeypatch.setattr(launch, "INTERPRETED", True)
     with pytest.raises(NotImplementedError, match=r"got 2 and 130\. Use dsf"):
-        monarch_attention(**tensors(260), block=2)
+        monarch_attention(**tensors(260), block=2, steps=2)
+    leaves = {k: v.requires_grad_() for k, v in tensors(260).items()}
+    with pytest.raises(NotImplementedError, match=r"for gradients, got 130 and 2\. Use dsf"):
+        monarch_attention(**leaves, block=130)
 
 
 FLOAT = ("entropy", "grad_means", "grad_entropy", "grad_mixed", "sum_query", "sum_key",
@@ -223,11 +270,23 @@ FLOAT = ("entropy", "grad_means", "grad_entropy", "grad_mixed", "sum_query", "su
 )
 def test_compiles_ahead_of_time(name, side, architecture, record_property):
     """The fp16 tiles of width 64, first and last step."""
+    compiled(name, side, architecture, record_property)
+
+
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
+@pytest.mark.parametrize("name", ["short_kernel", "wide_right_kernel", "wide_left_kernel"])
+def test_one_step_compiles_ahead_of_time(name, architecture, record_property):
+    compiled(name, 16, architecture, record_property)
+
+
+def compiled(name, side, architecture, record_property):
     launch = importlib.import_module("dsf_kernels.monarch_launch")
     kernel = getattr(launch, name)
     fixed = launch.tile_settings(side, (64, 64), torch.float16, "gradient" in name)
+    fixed |= {"short": launch.SHORT, "wide_": launch.WIDE}.get(name[:5], {})
     options = {k: fixed.pop(k) for k in ("num_warps", "num_stages")}
     fixed |= {"B": side, "M": side, "FIRST": True, "LAST": True, "HAS_MASK": True}
+    fixed |= {"RIGHT": True, "LEFT": True}
     fixed |= dict.fromkeys(("q_d", "k_d", "v_d", "o_d", "g_d"), 1)
     pointers = (*NAMES, "abar", "means", "mixed", "out", "grad", "grad_key", "grad_value")
     types = dict.fromkeys(pointers, "*fp16") | dict.fromkeys(FLOAT, "*fp32")
@@ -239,8 +298,22 @@ def test_compiles_ahead_of_time(name, side, architecture, record_property):
 @kernel_laws.on_gpu
 @pytest.mark.parametrize("name", ON_GPU)
 def test_gpu_matches_definition(name):
+    """Within LIMIT; in float32, where sums are long, no worse than PEER times torch itself."""
     units = measure(ON_GPU[name], "cuda")
-    assert max(units.values()) <= LIMIT, units
+    limit = LIMIT
+    if max(units.values()) > LIMIT and ON_GPU[name][0]["value"].dtype == torch.float32:
+        limit = PEER * max(measure(ON_GPU[name], "cuda", plain=True).values())
+    assert max(units.values()) <= limit, (units, limit)
+
+
+@kernel_laws.on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gpu_wide_tiles(dtype):
+    """128 places and 256 blocks, 256 of both, and 300 places with half of the keys."""
+    for length, block in ((32_768, 128), (65_536, 256), (33_011, 300)):
+        mask = masked(length, length // 2) if block == 300 else None
+        case = tensors(length, 1, 64, dtype=dtype), {"block": block, "key_mask": mask}
+        assert forward_error(case, "cuda") <= LIMIT, (length, block)
 
 
 @kernel_laws.on_gpu

@@ -23,8 +23,13 @@ def _outputs(query, key, value, mask, branching, self_term, scale):
     like = {"dtype": value.dtype, "device": value.device}
     out = torch.empty(value.shape, **like)
     local = torch.empty((0,) if plan.stages[0].top else value.shape, **like)
-    saved = torch.empty(max(1, plan.room()), dtype=torch.float32, device=value.device)
-    return plan, out, local, saved
+    return plan, out, local, kept_room(plan.room(), value.device)
+
+
+def kept_room(size, device) -> Tensor:
+    """Float32 numbers to be written; a zero in place of none, as kernels take its address."""
+    like = {"dtype": torch.float32, "device": device}
+    return torch.empty(size, **like) if size else torch.zeros(1, **like)
 
 
 def _forward(
@@ -66,7 +71,8 @@ def _adjoint_fake(query, key, value, *_):
 
 
 _adjoint = operator("hierarchical_attention_adjoint", _adjoint_run, _adjoint_fake)
-_attention = operator("hierarchical_attention", _forward, lambda *a: _outputs(*a)[1:])
+operator("hierarchical_attention", _forward, lambda *a: _outputs(*a)[1:])
+_attention = torch.ops.dsf.hierarchical_attention.default  # where its gradient is registered
 
 
 def _save(ctx, inputs, output):

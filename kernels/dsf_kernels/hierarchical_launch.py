@@ -104,8 +104,9 @@ class Plan:
         self.leaves = tuple(narrow(t, 1) for t in (query, key, value))
         self.mask = None if mask is None else mask.view(torch.uint8)
         self.self_term, self.scale = self_term, scale
-        self.batch, self.length, self.head, self.width = query.shape
-        self.channels = value.shape[3]
+        self.batch, length, self.head, width = query.shape
+        # torch.compile takes these as constants: the tree and its tiles hang on them
+        self.length, self.width, self.channels = int(length), int(width), int(value.shape[3])
         self.exact = query.dtype == torch.float32 or INTERPRETED
         self.wide = max(self.width, self.channels) > 64
         kind = self.exact, self.wide

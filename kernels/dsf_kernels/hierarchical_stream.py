@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from dsf_kernels.hierarchical_attention import checked, empty_gradients
+from dsf_kernels.hierarchical_attention import checked, empty_gradients, kept_room
 from dsf_kernels.hierarchical_launch import BLOCK, KINDS, LEAST, LOG2_E, TILE, WARPS
 from dsf_kernels.hierarchical_stream_gradients import (
     delta_kernel,
@@ -66,8 +66,9 @@ class Plan:
     def __init__(self, query, key, value, mask, branching, scale):
         self.query, self.key, self.value = (narrow(t, 1) for t in (query, key, value))
         self.mask = None if mask is None else mask.view(torch.uint8)
-        self.batch, self.length, self.head, self.width = query.shape
-        self.channels = value.shape[3]
+        self.batch, length, self.head, width = query.shape
+        # torch.compile takes these as constants: the tree and its tiles hang on them
+        self.length, self.width, self.channels = int(length), int(width), int(value.shape[3])
         exact = query.dtype == torch.float32 or INTERPRETED
         wide = max(self.width, self.channels) > 64
         self.warps, self.scale = WARPS[exact, wide], float(scale)
@@ -96,7 +97,7 @@ class Plan:
     def room(self) -> int:
         """Numbers of all those."""
         numbers = self.n_node * (self.width + self.channels + 1) + self.length
-        return max(1, self.batch * self.head * numbers)
+        return self.batch * self.head * numbers
 
     def grid(self, n_block: int) -> tuple[int]:
         return (self.batch * self.head * n_block,)
@@ -202,7 +203,7 @@ def digits(levels: tuple[int, ...]) -> dict:
 def _outputs(query, key, value, mask, branching, scale):
     plan = Plan(query, key, value, mask, branching, scale)
     out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    return plan, out, torch.empty(plan.room(), dtype=torch.float32, device=value.device)
+    return plan, out, kept_room(plan.room(), value.device)
 
 
 def _forward(
@@ -232,7 +233,8 @@ def _adjoint_run(
 _adjoint = operator(
     "hierarchical_stream_adjoint", _adjoint_run, lambda q, k, v, *_: empty_gradients(q, k, v)
 )
-_stream = operator("hierarchical_stream", _forward, lambda *a: _outputs(*a)[1:])
+operator("hierarchical_stream", _forward, lambda *a: _outputs(*a)[1:])
+_stream = torch.ops.dsf.hierarchical_stream.default  # where its gradient is registered
 
 
 def _save(ctx, inputs, output):

@@ -85,6 +85,36 @@ def group_gradient_kernel(query, mean_k, mean_v, count, grad, norm, delta, grad_
     put(grad_v + line * channels, dv, column, live, n_head * channels, channels, CHANNELS)
 
 
+@triton.jit
+def outer_gradients(q, upstream, lse, total, mean_k, mean_v, count, first, length, n_head, width,
+                    channels, log_scale, SPANS: tl.constexpr, FAMILIES: tl.constexpr,
+                    UPPER: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+                    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+                    CHANNELS: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Sums over the groups before the tile: of dz k; EXACT: of p k, of p and of dz."""
+    dq = tl.zeros([q.shape[0], WIDTH], tl.float32)
+    seen_k, mass, over = dq, total * 0.0, total * 0.0
+    base = first * 0
+    for level in tl.static_range(UPPER):
+        start = base
+        if FAMILIES[level] > 0:
+            start += first // FAMILIES[level] * (FAMILIES[level] // SPANS[level])
+        end = base + first // SPANS[level]
+        for node in tl.range(start, end, BLOCK):
+            k, v, n = groups(mean_k, mean_v, count, base * 0 + node, end, n_head, width,
+                             channels, COMPUTE, BLOCK, WIDTH, CHANNELS)  # fmt: skip
+            p = fast_exp2(outer_scores(q, k, n, log_scale, PRECISION) - lse[:, None])
+            dz = tl.dot(upstream, tl.trans(v), input_precision=PRECISION) - total[:, None]
+            dz = p * dz
+            dq += tl.dot(dz.to(COMPUTE), k, input_precision=PRECISION)
+            if EXACT:
+                seen_k += tl.dot(p, k, input_precision=PRECISION)
+                mass += tl.sum(p, 1)
+                over += tl.sum(dz, 1)
+        base += tl.cdiv(length, SPANS[level])
+    return dq, seen_k, mass, over
+
+
 @triton.jit(do_not_specialize=["length", "n_tile", "n_node"])
 def stream_gradient_kernel(query, key, value, mask, mean_k, mean_v, count, grad, norm, delta,
                            up_k, up_v, grad_q, grad_k, grad_v, length, n_tile, n_node, n_head,
@@ -113,21 +143,35 @@ def stream_gradient_kernel(query, key, value, mask, mean_k, mean_v, count, grad,
     line = (batch * length + first) * n_head + head
     lse = tl.load(norm + line + slot * n_head, inside, other=DEAD)
     total = tl.load(delta + line + slot * n_head, inside, other=0.0)
+    root = batch * n_node * n_head + head
+    mean_k += root * width
+    mean_v += root * channels
+    count += root
+    EXACT: tl.constexpr = q.dtype == tl.float32
     z = inner_scores(q, k, n, log_scale, PADS, N, ROWS, PRECISION)
     p = fast_exp2(z - lse[:, None])
     dp = tl.dot(upstream, tl.trans(v), input_precision=PRECISION)
     dz = p * (dp - total[:, None])
+    if EXACT:  # a row's dz sum to 0: what is over is the rounding of delta
+        dq, seen_k, mass, over = outer_gradients(
+            q, upstream, lse, total, mean_k, mean_v, count, first, length, n_head, width,
+            channels, log_scale, SPANS, FAMILIES, UPPER, COMPUTE, PRECISION, BLOCK, WIDTH,
+            CHANNELS, EXACT,
+        )  # fmt: skip
+        mass += tl.sum(p, 1)
+        over = (over + tl.sum(dz, 1)) / tl.where(mass > 0, mass, 1.0)
+        dz -= p * over[:, None]
+        dq -= seen_k * over[:, None]
     i = tl.arange(0, ROWS)
     own = i[:, None] == i[None, :]
     dT = tl.where(own, dz, untied(dz, n, ROWS, ROWS, PADS, 0, N)).to(COMPUTE)
-    dq = tl.dot(dT, k, input_precision=PRECISION)
+    inner_dq = tl.dot(dT, k, input_precision=PRECISION)
     dk = tl.trans(tl.dot(tl.trans(q), dT, input_precision=PRECISION)) * scale
     dv = tl.trans(tl.dot(tl.trans(upstream), p.to(COMPUTE), input_precision=PRECISION))
-    root = batch * n_node * n_head + head
     base = first * 0
     for level in tl.static_range(UPPER):
         at = base + (first + slot) // SPANS[level]
-        held = tl.load(count + root + at * n_head, inside, other=1.0)
+        held = tl.load(count + at * n_head, inside, other=1.0)
         share = fast_reciprocal(tl.maximum(held, 1.0))[:, None]
         dk += share * take(up_k + root * width, at, inside, n_head * width, 1, width, WIDTH)
         dv += share * take(up_v + root * channels, at, inside, n_head * channels, 1, channels,
@@ -136,19 +180,11 @@ def stream_gradient_kernel(query, key, value, mask, mean_k, mean_v, count, grad,
     here = tl.where(n > 0, 1.0, 0.0)[:, None]
     put(grad_k + line * width, dk * here, slot, inside, n_head * width, width, WIDTH)
     put(grad_v + line * channels, dv * here, slot, inside, n_head * channels, channels, CHANNELS)
-    base = first * 0
-    for level in tl.static_range(UPPER):
-        start = base
-        if FAMILIES[level] > 0:
-            start += first // FAMILIES[level] * (FAMILIES[level] // SPANS[level])
-        end = base + first // SPANS[level]
-        for node in tl.range(start, end, BLOCK):
-            mk, mv, m = groups(mean_k + root * width, mean_v + root * channels, count + root,
-                               base * 0 + node, end, n_head, width, channels, COMPUTE, BLOCK,
-                               WIDTH, CHANNELS)  # fmt: skip
-            score = outer_scores(q, mk, m, log_scale, PRECISION)
-            dpart = tl.dot(upstream, tl.trans(mv), input_precision=PRECISION)
-            dscore = fast_exp2(score - lse[:, None]) * (dpart - total[:, None])
-            dq += tl.dot(dscore.to(COMPUTE), mk, input_precision=PRECISION)
-        base += tl.cdiv(length, SPANS[level])
-    put(grad_q + line * width, dq * scale, slot, inside, n_head * width, width, WIDTH)
+    if not EXACT:
+        dq, _, _, _ = outer_gradients(
+            q, upstream, lse, total, mean_k, mean_v, count, first, length, n_head, width,
+            channels, log_scale, SPANS, FAMILIES, UPPER, COMPUTE, PRECISION, BLOCK, WIDTH,
+            CHANNELS, EXACT,
+        )  # fmt: skip
+    dq = (dq + inner_dq) * scale
+    put(grad_q + line * width, dq, slot, inside, n_head * width, width, WIDTH)

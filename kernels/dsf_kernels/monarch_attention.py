@@ -4,6 +4,8 @@ Two launches a step, without the matrix: the right factor, a program for each bl
 the left factor, a program for each place in a block. Each keeps its tile on the chip and hands on
 what the next needs: the mean key under each row of the right factor, its entropy and the mean
 value; then the mean query under each column of the left factor. No two programs add to one number.
+One step over at most 16 blocks of 16 places is one launch, a program a lane; one step over tiles
+too wide for a program walks over them (forward alone).
 
 Backward: the steps again, save the last launch, then two launches a step in reverse order.
 """
@@ -112,13 +114,18 @@ def _block(length: int, block: int | None, steps: int, padding: str) -> int:
     if block < 1:
         raise ValueError(f"dsf_kernels.{NAME}: block: expected at least 1, got {block}.")
     block = min(block, max(length, 1))  # one block: the places beyond the length weigh nothing
+    return block
+
+
+def _check_tile(length: int, block: int, steps: int, gradients: bool) -> None:
+    """Raise where a tile must be whole in one program and is too wide."""
     n_block = -(-length // block)
-    if max(block, n_block) > MAX_TILE:
+    if max(block, n_block) > MAX_TILE and (steps > 1 or gradients):
         raise NotImplementedError(
             f"dsf_kernels.{NAME}: block: expected at most {MAX_TILE} places in a block and as "
-            f"many blocks, got {block} and {n_block}. Use dsf.monarch_attention_recurrence."
+            f"many blocks for more than one step, and for gradients, got {block} and {n_block}. "
+            "Use dsf.monarch_attention_recurrence."
         )
-    return block
 
 
 def monarch_attention(
@@ -149,7 +156,7 @@ def monarch_attention(
     Returns the outputs, like value. Differentiable in query, key, value, once.
     Logits, softmax, sums are float32; products of 16-bit tensors round their operands to 16 bits.
     Raises ValueError (shape, mask, block, steps, padding), TypeError (dtype), NotImplementedError
-    (CPU tensor; more than 128 places in a block, or blocks).
+    (CPU tensor; with more than 128 places in a block, or blocks: several steps, or gradients).
     Cost: time x 2 width ((2 steps + 1) block + 2 steps n_block) operations a head forward; memory
     beside the outputs: twice their size, backward up to (steps + 3) times.
     Source: Yaras et al. (2025), arXiv 2505.18698; gradients derived.
@@ -158,4 +165,6 @@ def monarch_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     check_scale(NAME, scale)
     block = _block(query.shape[1], block, steps, padding)
+    wanted = any(t.requires_grad for t in (query, key, value))
+    _check_tile(query.shape[1], block, steps, wanted and torch.is_grad_enabled())
     return _forward(query, key, value, key_mask, block, steps, padding == "before", scale)

@@ -8,7 +8,7 @@ the exchange.
 import triton
 import triton.language as tl
 
-from dsf_kernels.exponentials import LN_2, LOG2_E
+from dsf_kernels.exponentials import LOG2_E
 from dsf_kernels.monarch_kernels import SIZES, gather, kept, lane, scatter, softmax, tokens
 
 
@@ -91,6 +91,30 @@ def left_gradient(
         scatter(grad_mixed, dy, row, inside, channels, 1, channels)
 
 
+@triton.jit
+def upstream(grad_means, grad_entropy, a, row, inside, width, scale, WIDTH: tl.constexpr):
+    """Gradients of the sums right k, and of those and the entropies as one product with the keys.
+
+    As log right = scale a.k - a number a row, which the softmax takes away again: what one block
+    gains in entropy and in its mean cancels here, before it is rounded.
+    """
+    da = gather(grad_means, row, inside, width, 1, width, WIDTH, tl.float32)
+    dc = tl.load(grad_entropy + row, mask=inside, other=0.0)
+    return da * scale, (da + dc[:, None] * a.to(tl.float32)) * scale
+
+
+@triton.jit
+def centred(d, right, AXIS: tl.constexpr, EXACT: tl.constexpr):
+    """right (d - its mean under right): d moved to logits through the softmax.
+
+    EXACT: twice, as the sum of right is 1 to rounding alone, and d may be large.
+    """
+    d -= tl.sum(right * d, AXIS, keep_dims=True)
+    if EXACT:
+        d -= tl.sum(right * d, AXIS, keep_dims=True)
+    return right * d
+
+
 @triton.jit(do_not_specialize=SIZES)
 def right_gradient(
     query, key, value, mask, abar, grad_means, grad_entropy, grad_mixed, sum_query, sum_key,
@@ -127,18 +151,14 @@ def right_gradient(
             a = gather(query + batch * q_b + h * q_h, at, asks, q_t, q_d, width, WIDTH, COMPUTE)
         else:
             a = gather(abar, (both * m + k) * b + j, inside, width, 1, width, WIDTH, COMPUTE)
-        da = gather(grad_means, row, inside, width, 1, width, WIDTH, tl.float32)
-        da = (da * scale).to(COMPUTE)
-        dc = tl.load(grad_entropy + row, mask=inside, other=0.0) * LN_2
+        _, turn = upstream(grad_means, grad_entropy, a, row, inside, width, scale, WIDTH)
         x = tl.dot(a, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
-        right, log = softmax(tl.where(real[None, :], x, float("-inf")), 1)
-        d = tl.dot(da, tl.trans(keys), input_precision=PRECISION)
-        d += dc[:, None] * tl.where(right > 0.0, log, 0.0)
+        right, _ = softmax(tl.where(real[None, :], x, float("-inf")), 1)
+        d = tl.dot(turn.to(COMPUTE), tl.trans(keys), input_precision=PRECISION)
         if LAST:
             dy = gather(grad_mixed, row, inside, channels, 1, channels, CHANNELS, COMPUTE)
             d += tl.dot(dy, tl.trans(values), input_precision=PRECISION)
-        d *= right
-        d -= right * tl.sum(d, 1, keep_dims=True)
+        d = centred(d, right, 1, keys.dtype == tl.float32)
         dx = tl.dot(d.to(COMPUTE), keys, input_precision=PRECISION) * scale
         if FIRST:
             dx = tl.where(asks[:, None], dx, 0.0)
@@ -159,20 +179,16 @@ def right_gradient(
             a = gather(query + batch * q_b + h * q_h, at, asks, q_t, q_d, width, WIDTH, COMPUTE)
         else:
             a = gather(abar, (both * m + k) * b + j, inside, width, 1, width, WIDTH, COMPUTE)
-        da = gather(grad_means, row, inside, width, 1, width, WIDTH, tl.float32)
-        da = (da * scale).to(COMPUTE)
-        dc = tl.load(grad_entropy + row, mask=inside, other=0.0) * LN_2
+        da, turn = upstream(grad_means, grad_entropy, a, row, inside, width, scale, WIDTH)
         x = tl.dot(keys, tl.trans(a), input_precision=PRECISION) * (scale * LOG2_E)
-        right, log = softmax(tl.where(real[:, None], x, float("-inf")), 0)
-        d = tl.dot(keys, tl.trans(da), input_precision=PRECISION)
-        d += dc[None, :] * tl.where(right > 0.0, log, 0.0)
+        right, _ = softmax(tl.where(real[:, None], x, float("-inf")), 0)
+        d = tl.dot(keys, tl.trans(turn.to(COMPUTE)), input_precision=PRECISION)
         if LAST:
             dy = gather(grad_mixed, row, inside, channels, 1, channels, CHANNELS, COMPUTE)
             d += tl.dot(values, tl.trans(dy), input_precision=PRECISION)
             dv += tl.dot(right.to(COMPUTE), dy, input_precision=PRECISION)
-        d *= right
-        d = scale * (d - right * tl.sum(d, 0, keep_dims=True))
-        dk += tl.dot(right.to(COMPUTE), da, input_precision=PRECISION)
+        d = scale * centred(d, right, 0, keys.dtype == tl.float32)
+        dk += tl.dot(right.to(COMPUTE), da.to(COMPUTE), input_precision=PRECISION)
         dk += tl.dot(d.to(COMPUTE), a, input_precision=PRECISION)
     if not LAST:
         dk += gather(sum_key + lane_k, time, there, step, 1, width, WIDTH, tl.float32)

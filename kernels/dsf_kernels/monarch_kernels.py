@@ -11,16 +11,23 @@ hands to the next is stored in the order in which the next reads it.
 import triton
 import triton.language as tl
 
-from dsf_kernels.exponentials import LN_2, LOG2_E
+from dsf_kernels.exponentials import LN_2, LOG2_E, fast_exp2, fast_log2
 
-SIZES = ("length", "b", "m", "front", "head", "share")
+NONE = tl.constexpr(-1e30)
+"""A logit of nothing: finite, so that 0 times it is 0."""
+SIZES = ("length", "b", "m", "front", "head", "share", "parts")
 """Arguments that no compilation depends on."""
 
 
 @triton.jit
-def lane(programs, head):
-    """This program's batch, head, lane (both in one) and tile, all int64."""
+def lane(programs, head, LAST_FIRST: tl.constexpr = False):
+    """This program's batch, head, lane (both in one) and tile, all int64.
+
+    LAST_FIRST: in falling order, so that what the launch before wrote last is still in the cache.
+    """
     pid = tl.program_id(0).to(tl.int64)
+    if LAST_FIRST:
+        pid = tl.num_programs(0) - 1 - pid
     both = pid // programs
     return both // head, both % head, both, pid % programs
 
@@ -70,6 +77,26 @@ def softmax(x, AXIS: tl.constexpr):
     return e / total, x - tl.log2(total)
 
 
+@triton.jit
+def weigh(x, EXACT: tl.constexpr):
+    """2^(x - top) of each row, 1 over its sum, x - top, and top.
+
+    The weights are not divided by their sum: the rows of what they multiply are, which are fewer.
+    """
+    top = tl.max(x, 1)
+    x = x - tl.where(top == float("-inf"), 0.0, top)[:, None]
+    e = tl.exp2(x) if EXACT else fast_exp2(x)
+    total = tl.sum(e, 1)
+    return e, 1.0 / tl.where(total == 0.0, 1.0, total), x, top
+
+
+@triton.jit
+def negative_entropy(e, part, x, top, EXACT: tl.constexpr):
+    """sum w log w of the weights w = part e, given what `weigh` gives; +inf without any."""
+    log = tl.log2(part) if EXACT else fast_log2(part)
+    return tl.where(top > NONE, (tl.sum(e * x, 1) * part + log) * LN_2, float("inf"))
+
+
 @triton.jit(do_not_specialize=SIZES)
 def right_kernel(
     query, key, value, mask, abar, means, entropy, mixed,
@@ -90,7 +117,7 @@ def right_kernel(
     real = kept(mask, batch, time, there, m_b, m_t, HAS_MASK)
     keys = gather(key + batch * k_b + h // share * k_h, time, real, k_t, k_d, width, WIDTH,
                   COMPUTE)  # fmt: skip
-    some = tl.max(real.to(tl.int32), 0) > 0
+    EXACT: tl.constexpr = keys.dtype == tl.float32
     if LAST:
         values = gather(value + batch * v_b + h * v_h, time, real, v_t, v_d, channels, CHANNELS,
                         COMPUTE)  # fmt: skip
@@ -104,15 +131,14 @@ def right_kernel(
         else:
             a = gather(abar, (both * m + k) * b + j, inside, width, 1, width, WIDTH, COMPUTE)
         x = tl.dot(a, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
-        right, log = softmax(tl.where(real[None, :], x, float("-inf")), 1)
-        inner = tl.sum(right * tl.where(real[None, :], log, 0.0), 1) * LN_2
+        right, part, x, top = weigh(tl.where(real[None, :], x, NONE), EXACT)
         row = (both * b + j) * m + k
-        tl.store(entropy + row, tl.where(some, inner, float("inf")), mask=inside)
+        tl.store(entropy + row, negative_entropy(right, part, x, top, EXACT), mask=inside)
         right = right.to(COMPUTE)
-        mean = tl.dot(right, keys, input_precision=PRECISION) * scale
+        mean = tl.dot(right, keys, input_precision=PRECISION) * (scale * part)[:, None]
         scatter(means, mean, row, inside, width, 1, width)
         if LAST:
-            y = tl.dot(right, values, input_precision=PRECISION)
+            y = tl.dot(right, values, input_precision=PRECISION) * part[:, None]
             scatter(mixed, y, row, inside, channels, 1, channels)
 
 
@@ -130,7 +156,7 @@ def left_kernel(
     abar (lane, block k, place j, width): the mean of the real queries under left, 0 without any;
     sums (lane, block k, place j) the sum of left over them.
     """
-    batch, h, both, j = lane(b, head)
+    batch, h, both, j = lane(b, head, True)
     k = tl.arange(0, M)
     inside = k < m
     row = (both * b + j) * m + k
@@ -146,9 +172,9 @@ def left_kernel(
         time, there = tokens(m - first, b, j - front + first * b, length, ROWS)
         q = gather(query + batch * q_b + h * q_h, time, there, q_t, q_d, width, WIDTH, COMPUTE)
         if LAST:
-            x = tl.dot(q, tl.trans(a), input_precision=PRECISION) - c[None, :]
-            left, _ = softmax(x * LOG2_E, 1)
-            o = tl.dot(left.to(COMPUTE), y, input_precision=PRECISION)
+            x = tl.dot(q, tl.trans(a), input_precision=PRECISION) * LOG2_E
+            left, part, x, top = weigh(x - (c * LOG2_E)[None, :], q.dtype == tl.float32)
+            o = tl.dot(left.to(COMPUTE), y, input_precision=PRECISION) * part[:, None]
             scatter(out + batch * o_b + h * o_h, o, time, there, o_t, o_d, channels)
         else:
             real = kept(mask, batch, time, there, m_b, m_t, HAS_MASK)
@@ -169,3 +195,65 @@ def left_kernel(
         tl.store(sums + place, total, mask=inside)
         found /= tl.where(weight == 0.0, 1.0, weight)[:, None]
         scatter(abar, found, place, inside, width, 1, width)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def short_kernel(
+    query, key, value, mask, means, entropy, mixed, out,
+    length, b, m, front, head, share, width, channels, scale, parts,
+    q_b, q_t, q_h, q_d, k_b, k_t, k_h, k_d, v_b, v_t, v_h, v_d, o_b, o_t, o_h, o_d, m_b, m_t,
+    RIGHT: tl.constexpr, LEFT: tl.constexpr, HAS_MASK: tl.constexpr, COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The factors of the only step where blocks and places are at most SIDE.
+
+    ROWS / SIDE tiles at once are blocks in the diagonal of one. RIGHT and LEFT: a program has the
+    whole lane (parts 1), and reads again, in the other order, what its right factor left.
+    """
+    batch, h, both, part_of_lane = lane(parts, head)
+    start = part_of_lane.to(tl.int32) * (ROWS // SIDE)
+    step = parts * (ROWS // SIDE)
+    n = tl.arange(0, ROWS)
+    outer, inner = n // SIDE, n % SIDE
+    alike = outer[:, None] == outer[None, :]
+    query += batch * q_b + h * q_h
+    key += batch * k_b + h // share * k_h
+    value += batch * v_b + h * v_h
+    if RIGHT:
+        for first in range(start, m, step):
+            k = first + outer
+            inside = (k < m) & (inner < b)
+            time = (k * b + inner - front).to(tl.int64)
+            there = inside & (time >= 0) & (time < length)
+            real = kept(mask, batch, time, there, m_b, m_t, HAS_MASK)
+            q = gather(query, time, real, q_t, q_d, width, WIDTH, COMPUTE)
+            keys = gather(key, time, real, k_t, k_d, width, WIDTH, COMPUTE)
+            values = gather(value, time, real, v_t, v_d, channels, CHANNELS, COMPUTE)
+            x = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
+            EXACT: tl.constexpr = q.dtype == tl.float32
+            right, part, x, top = weigh(tl.where(alike & real[None, :], x, NONE), EXACT)
+            row = (both * b + inner) * m + k
+            tl.store(entropy + row, negative_entropy(right, part, x, top, EXACT), mask=inside)
+            right = right.to(COMPUTE)
+            mean = tl.dot(right, keys, input_precision=PRECISION) * (scale * part)[:, None]
+            scatter(means, mean, row, inside, width, 1, width)
+            y = tl.dot(right, values, input_precision=PRECISION) * part[:, None]
+            scatter(mixed, y, row, inside, channels, 1, channels)
+    if RIGHT and LEFT:
+        tl.debug_barrier()
+    if LEFT:
+        for first in range(start, b, step):
+            j = first + outer
+            inside = (j < b) & (inner < m)
+            row = (both * b + j) * m + inner
+            a = gather(means, row, inside, width, 1, width, WIDTH, COMPUTE)
+            y = gather(mixed, row, inside, channels, 1, channels, CHANNELS, COMPUTE)
+            c = tl.load(entropy + row, mask=inside, other=float("inf"))
+            time = (inner * b + j - front).to(tl.int64)
+            there = inside & (time >= 0) & (time < length)
+            q = gather(query, time, there, q_t, q_d, width, WIDTH, COMPUTE)
+            x = tl.dot(q, tl.trans(a), input_precision=PRECISION) * LOG2_E - (c * LOG2_E)[None, :]
+            left, part, x, top = weigh(tl.where(alike, x, float("-inf")), q.dtype == tl.float32)
+            o = tl.dot(left.to(COMPUTE), y, input_precision=PRECISION) * part[:, None]
+            scatter(out + batch * o_b + h * o_h, o, time, there, o_t, o_d, channels)

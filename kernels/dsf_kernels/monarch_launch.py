@@ -8,14 +8,24 @@ from torch import Tensor
 
 from dsf_kernels.launch import INTERPRETED, power_of_two
 from dsf_kernels.monarch_gradients import left_gradient, right_gradient
-from dsf_kernels.monarch_kernels import left_kernel, right_kernel
+from dsf_kernels.monarch_kernels import left_kernel, right_kernel, short_kernel
+from dsf_kernels.monarch_wide import wide_left_kernel, wide_right_kernel
 
-MAX_TILE = 128  # a tile is whole in the registers of one program: wider ones do not fit
-WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
+LEAST = 16  # rows of a matrix product
+MAX_TILE = 128
+"""The widest tile that is whole in the registers of one program; one step walks over wider ones,
+forward."""
+WARPS = {16: 1, 32: 2, 64: 4, 128: 4}
 """Warps by the side of the tile."""
+SHORT = {"SIDE": 16, "ROWS": 64, "num_warps": 4, "num_stages": 1}
+"""One step of at most SIDE blocks of SIDE places, ROWS tokens at once."""
+SHORT_LAUNCHES = 1
 GRADIENT_WARPS = {16: 1, 32: 4, 64: 4, 128: 8}
 EXACT_WARPS = {16: 4, 32: 8, 64: 8, 128: 8}
-ROWS, GRADIENT_ROWS, EXACT_ROWS = 64, 32, 16
+WIDE = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 2}
+EXACT_WIDE = {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}
+"""The same where a tile is walked over."""
+ROWS, GRADIENT_ROWS, EXACT_ROWS, EXACT_SHORT = 64, 32, 16, 32
 """Rows of a tile at once. EXACT: products in float32, outside the matrix units."""
 
 
@@ -23,13 +33,13 @@ def tile_settings(side: int, widths: tuple[int, int], dtype: torch.dtype, gradie
     """Compile-time settings of a tile of `side` places or blocks."""
     exact = dtype == torch.float32 or INTERPRETED
     types = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    size = power_of_two(side, 16)
+    size = power_of_two(side, LEAST)
     rows, warps = (GRADIENT_ROWS, GRADIENT_WARPS) if gradient else (ROWS, WARPS)
     if exact:
         rows, warps = EXACT_ROWS, EXACT_WARPS
     return {
         "COMPUTE": tl.float32 if exact else types[dtype], "PRECISION": "ieee",
-        "WIDTH": power_of_two(widths[0], 16), "CHANNELS": power_of_two(widths[1], 16),
+        "WIDTH": power_of_two(widths[0], LEAST), "CHANNELS": power_of_two(widths[1], LEAST),
         "ROWS": min(size, rows), "num_warps": warps[size], "num_stages": 1,
     }  # fmt: skip
 
@@ -68,13 +78,13 @@ class Monarch:
         return tile_settings(side, (self.width, self.channels), self.value.dtype, gradient)
 
     def _right_tiles(self, first: bool, last: bool, gradient: bool = False) -> dict:
-        side = power_of_two(self.block, 16)
+        side = power_of_two(self.block, LEAST)
         return {
             "FIRST": first, "LAST": last, "HAS_MASK": self.mask is not None, "B": side,
         } | self._tiles(side, gradient)  # fmt: skip
 
     def _left_tiles(self, last: bool, gradient: bool = False) -> dict:
-        side = power_of_two(self.n_block, 16)
+        side = power_of_two(self.n_block, LEAST)
         return {
             "LAST": last, "HAS_MASK": self.mask is not None, "M": side,
         } | self._tiles(side, gradient)  # fmt: skip
@@ -112,12 +122,57 @@ class Monarch:
         """All steps; `out` None leaves out the last launch, which the gradients do not need."""
         found: list[Step] = []
         abar = None
+        side = max(self.grid[1:3])
+        if self.steps == 1 and out is not None and not SHORT["SIDE"] < side <= MAX_TILE:
+            (self._wide if side > MAX_TILE else self._short)(out)
+            return found
         for n in range(self.steps):
             last = n == self.steps - 1
             found.append(self.right(abar, last))
             if not last or out is not None:
                 abar = self.left(found[-1], out if last else None)
         return found
+
+    def _short(self, out: Tensor) -> None:
+        tiles = self._tiles(SHORT["SIDE"]) | SHORT
+        if tiles["COMPUTE"] == tl.float32:
+            tiles["ROWS"] = EXACT_SHORT
+        query, key, value, between = self.query, self.key, self.value, self._between()
+        parts = (
+            1 if SHORT_LAUNCHES == 1 else -(-max(self.grid[1:3]) * tiles["SIDE"] // tiles["ROWS"])
+        )
+        for right, left in ((True, True),) if parts == 1 else ((True, False), (False, True)):
+            short_kernel[(self.lanes * parts,)](
+                query, key, value, _or(self.mask, query), *between, out, *self.grid,
+                self.head // key.shape[2], self.width, self.channels, self.scale, parts,
+                *query.stride(), *key.stride(), *value.stride(), *out.stride(), *self.masked,
+                RIGHT=right, LEFT=left, HAS_MASK=self.mask is not None, **tiles,
+            )  # fmt: skip
+
+    def _wide(self, out: Tensor) -> None:
+        b, m, query, key, value = self.block, self.n_block, self.query, self.key, self.value
+        tiles = self._tiles(LEAST)
+        tiles |= EXACT_WIDE if tiles["COMPUTE"] == tl.float32 else WIDE
+        between, rows = self._between(), tiles["ROWS"]
+        wide_right_kernel[(self.lanes * m * -(-b // rows),)](
+            query, key, value, _or(self.mask, query), *between, *self.grid,
+            self.head // key.shape[2], self.width, self.channels, self.scale,
+            *query.stride(), *key.stride(), *value.stride(), *self.masked,
+            HAS_MASK=self.mask is not None, **tiles,
+        )  # fmt: skip
+        wide_left_kernel[(self.lanes * b * -(-m // rows),)](
+            query, *between, out, *self.grid, self.width, self.channels, *query.stride(),
+            *out.stride(), **tiles,
+        )  # fmt: skip
+
+    def _between(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Room for means, entropy and mixed of the only step."""
+        shape, dtype = (self.block, self.n_block), self.value.dtype
+        return (
+            self.room(*shape, self.width, dtype=dtype),
+            self.room(*shape),
+            self.room(*shape, self.channels, dtype=dtype),
+        )
 
     def backward(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, of key, a head each, and of value."""

@@ -5,8 +5,9 @@ from torch.nn.functional import pad
 
 
 def monarch_attention_reference(
-    query, key, value, *, block, steps=1, key_mask=None, padding="after", scale=None
-):
+    query, key, value, *, block, steps=1, key_mask=None, padding="after", scale=None,
+    dtype=torch.float64,
+):  # fmt: skip
     """Outputs O = M V, M[(l, j), (k, i)] = L_jkl R_kji after `steps` steps from L = identity.
 
         c_kj = sum_l w_lj L_jkl,   abar_kj = sum_l w_lj L_jkl q_lj / c_kj   (0 where c = 0)
@@ -15,9 +16,9 @@ def monarch_attention_reference(
 
     w is 1 for tokens that are there and kept by key_mask; the others are no keys. A block without
     any key takes nothing, a sequence without any gives zeros. Arguments as `monarch_attention`.
-    Float64, differentiable. Cost: 2 steps of time x (block + n_block) x width.
+    Computed in `dtype`, differentiable. Cost: 2 steps of time x (block + n_block) x width.
     """
-    query, key, value = (t.double() for t in (query, key, value))
+    query, key, value = (t.to(dtype) for t in (query, key, value))
     batch, length, head, width = query.shape
     scale = width**-0.5 if scale is None else scale
     key = key.repeat_interleave(head // max(key.shape[2], 1), 2)
@@ -30,7 +31,7 @@ def monarch_attention_reference(
         return x.unflatten(1, (m, block)).permute(0, 3, 1, 2, 4)
 
     kept = torch.ones(batch, length, device=query.device) if key_mask is None else key_mask
-    kept = split(kept.double()[:, :, None, None])[..., 0]  # batch 1 block place
+    kept = split(kept.to(dtype)[:, :, None, None])[..., 0]  # batch 1 block place
     q, k, v = split(query), split(key), split(value)
     left = torch.eye(m, dtype=q.dtype, device=q.device).expand(batch, head, block, m, m)
     for _ in range(steps):
