@@ -18,13 +18,15 @@ from dsf.transitions._base import is_traced
 
 if TYPE_CHECKING:
     from dsf.recurrence import Recurrence
-    from dsf.transitions import Diagonal, Scalar
+    from dsf.transitions import Diagonal, DiagonalLowRank, Householder, Scalar
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels then run on the CPU, slowly
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256
 """States, or channels, of one head that a matrix state may have."""
+WIDEST_LOW_RANK = 128
+"""The same for a transition of diagonal plus rank 1."""
 
 
 def kernel_dtype(*tensors: Tensor) -> torch.dtype:
@@ -65,6 +67,23 @@ def decay_gap(A: Any, n_channel: int) -> str:
             return "a matrix state has no kernel for negative decays"
         if max(A.n_state, n_channel) > WIDEST:
             return f"a matrix state may be {WIDEST} x {WIDEST} at most"
+    return ""
+
+
+def low_rank_gap(A: Any, n_channel: int) -> str:
+    """Why the kernels cannot run a Householder or diagonal plus low rank A; "" when they can."""
+    if any(x.is_complex() for x in A.tensors()) or getattr(A, "phase", None) is not None:
+        return "a transition of diagonal plus low rank has no kernel for complex numbers"
+    if getattr(A, "sign", None) is not None:
+        return "a transition of diagonal plus low rank has no kernel for negative decays"
+    if A.structure == "diagonal_low_rank" and (A.left.shape[-1], A.right.shape[-1]) != (1, 1):
+        return f"the kernels take a low rank of 1, not {max(A.left.shape[-1], A.right.shape[-1])}"
+    dtype = kernel_dtype(*A.tensors())
+    if dtype not in TYPES:
+        return f"the kernels read {', '.join(str(t) for t in TYPES)}, A is {dtype}"
+    if max(A.n_state, n_channel) > WIDEST_LOW_RANK:
+        widest = WIDEST_LOW_RANK
+        return f"a state under diagonal plus low rank may be {widest} x {widest} at most"
     return ""
 
 
@@ -120,6 +139,61 @@ def _scan_complex(
     start = state.squeeze(3).to(torch.complex64).flatten(1)
     h, last = complex_diagonal_scan(log_modulus, phase, write.flatten(2), start)
     return C.to(torch.complex64) @ h.view(*shape, 1), last.view(shape[0], *shape[2:], 1)
+
+
+def scan_householder(
+    A: Householder, B: Tensor, C: Tensor, values: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for I - beta k k^T: the delta rule where B = beta k, else x = -beta k, w = k."""
+    if not _is_delta_rule(A, B):
+        left = -(A.write_strength[..., None] * A.direction)
+        return _scan_rank_one(left, A.direction, None, B, C, values, state)
+    from dsf_kernels.delta_scan import delta_scan
+
+    dtype = kernel_dtype(values, A.direction)
+    u, query, key = (
+        _tokens(x, values).to(dtype) for x in (values.squeeze(3), C.squeeze(3), A.direction)
+    )
+    strength = A.write_strength.expand(values.shape[:3])
+    y, last = delta_scan(query, key, u, strength, None, state.float())
+    return y.unsqueeze(3), last
+
+
+def _is_delta_rule(A: Householder, B: Tensor) -> bool:
+    """Whether B = beta k, and no gradient is wanted that would have to tell B from beta k.
+
+    Looks at the numbers, so waits for the device: not where a graph is captured or traced.
+    """
+    if torch.compiler.is_compiling() or (B.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*A.tensors(), B)):
+        return False
+    written = (A.write_strength[..., None] * A.direction).to(B.dtype)
+    return bool((written == B.squeeze(4)).all())
+
+
+def scan_low_rank(
+    A: DiagonalLowRank, B: Tensor, C: Tensor, values: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for diag(a) - x w^T."""
+    left, right = -A.left.squeeze(-1), A.right.squeeze(-1)
+    return _scan_rank_one(left, right, A.log_decay, B, C, values, state)
+
+
+def _scan_rank_one(
+    left: Tensor, right: Tensor, log_decay: Tensor | None, B: Tensor, C: Tensor, values: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same for diag(a) + x w^T, in the widest type of B, C, values, x and w."""
+    from dsf_kernels.low_rank_scan import low_rank_scan
+
+    dtype = kernel_dtype(values, left, right)
+    given = (C.squeeze(3), B.squeeze(4), values.squeeze(3), left, right)
+    query, key, u, left, right = (_tokens(x, values).to(dtype) for x in given)
+    if log_decay is not None:
+        log_decay = log_decay.expand(*values.shape[:3], key.shape[-1])
+    y, last = low_rank_scan(query, key, u, left, right, log_decay, state.float())
+    return y.unsqueeze(3), last
 
 
 def _tokens(x: Tensor, values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Run as a script it prints the interpreter's errors as JSON.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import kernel_laws
@@ -12,7 +13,14 @@ import pytest
 import torch
 
 import dsf
-from dsf.transitions import Diagonal, Identity, Scalar, Transition
+from dsf.transitions import (
+    Diagonal,
+    DiagonalLowRank,
+    Householder,
+    Identity,
+    Scalar,
+    Transition,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 EXACT, SIXTEEN = 2e-6, 2e-2
@@ -59,6 +67,7 @@ def systems(length: int, channel: int = 2, dtype: torch.dtype = torch.float32) -
         ),
         "complex pairs": (dsf.Recurrence(constant, *pairs, real_output=True), single),
     }
+    found |= low_rank_systems(draw, length, u, start, dtype)
     backwards = {
         "anticausal": (dsf.anticausal(make(scalar)), u),
         "strictly anticausal": (dsf.anticausal(make(scalar), strict=True), u),
@@ -67,6 +76,26 @@ def systems(length: int, channel: int = 2, dtype: torch.dtype = torch.float32) -
         ),
     }  # fmt: skip
     return found | (backwards if length > 1 else {})
+
+
+def low_rank_systems(draw, length, values, start, dtype) -> dict:
+    """Householder matrices and diagonal plus rank 1, the written B their own or not."""
+    shape = (BATCH, length, HEAD)
+    key = torch.nn.functional.normalize(draw(*shape, N), dim=-1).to(dtype)
+    strength = torch.sigmoid(draw(*shape)).to(dtype)
+    written, other = (strength[..., None] * key)[..., None], draw(*shape, N, 1).to(dtype)
+    C = draw(*shape, 1, N).to(dtype)
+    log_decay = -draw(*shape, N).abs()
+    erased = (log_decay.exp() * key).to(dtype)[..., None]
+    gated = DiagonalLowRank(log_decay, left=written, right=erased)
+    shared = DiagonalLowRank(log_decay[:1, :1], left=written[:1, :, :1], right=erased[:1, :, :1])
+    plain = Householder(strength, key)
+    return {
+        "delta rule": (dsf.Recurrence(plain, written, C, initial_state=start), values),
+        "Householder": (dsf.Recurrence(plain, other, C, initial_state=start), values),
+        "delta rule with a decay a state": (dsf.Recurrence(gated, written, C), values),
+        "low rank of axes of size 1": (dsf.Recurrence(shared, other, C), values),
+    }
 
 
 def difference(system, values) -> float:
@@ -108,6 +137,39 @@ def test_on_the_gpu(name, dtype, length):
     assert "triton" in dsf.which_backend(system, values) or length == 1
 
 
+GAPS = {
+    "complex": ({"phase": torch.zeros(1, 1, 1, N)}, "no kernel for complex numbers"),
+    "signs": ({"sign": -torch.ones(1, 1, 1, N)}, "no kernel for negative decays"),
+    "rank 2": (
+        {"left": torch.ones(1, 1, 1, N, 2), "right": torch.ones(1, 1, 1, N, 2)},
+        "a low rank of 1, not 2",
+    ),
+    "float64": ({"left": torch.ones(1, 1, 1, N, 1).double()}, "A is torch.float64"),
+}
+
+
+@pytest.mark.parametrize("name", GAPS)
+def test_what_has_no_kernel_is_told(name):
+    change, message = GAPS[name]
+    one = torch.ones(1, 1, 1, N, 1)
+    A = DiagonalLowRank(-torch.ones(1, 1, 1, N), left=one, right=one)
+    assert A.triton_gap(2) == ""
+    assert "128 x 128 at most" in A.triton_gap(129)
+    assert message in dataclasses.replace(A, **change).triton_gap(2)
+
+
+def test_a_delta_rule_is_one_where_it_writes_what_it_erases():
+    from dsf.kernel_scans import _is_delta_rule
+
+    key, strength = torch.randn(2, 3, 1, N), torch.rand(2, 3, 1)
+    A, B = Householder(strength, key), (strength[..., None] * key)[..., None]
+    assert _is_delta_rule(A, B)
+    assert not _is_delta_rule(A, B + 1e-6)
+    assert not _is_delta_rule(A, B.clone().requires_grad_())
+    with torch.no_grad():
+        assert _is_delta_rule(A, B.clone().requires_grad_())
+
+
 def test_the_backend_that_runs_is_told():
     system, values = systems(5)["scalar"]
     assert dsf.which_backend(system, values) == (
@@ -120,5 +182,7 @@ def test_the_backend_that_runs_is_told():
 
 if __name__ == "__main__":
     cases = {f"{k} {n}": case for n in (0, 5) for k, case in systems(n).items()}
+    few = ("low rank of axes of size 1 0", "delta rule with a decay a state 0", "Householder 0")
+    cases = {name: case for name, case in cases.items() if name not in few}
     cases["scalar 1"] = systems(1)["scalar"]
     print(json.dumps({name: difference(*case) for name, case in cases.items()}))

@@ -78,6 +78,18 @@ class DiagonalLowRank(Decay):
 
         return scan_diagonal_low_rank(self, B, C, values, state, chunk)
 
+    def triton_gap(self, n_channel: int) -> str:
+        """Real, positive decays with rank 1, of at most 128 states and channels, have one."""
+        from dsf.kernel_scans import low_rank_gap
+
+        return low_rank_gap(self, n_channel)
+
+    def scan_triton(self, B: Any, C: Any, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Diagonal plus rank 1."""
+        from dsf.kernel_scans import scan_low_rank
+
+        return scan_low_rank(self, B, C, values, state)
+
 
 def _cat(a: Tensor, b: Tensor) -> Tensor:
     lead = broadcast_shapes(a.shape[:-1], b.shape[:-1])

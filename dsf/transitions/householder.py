@@ -72,3 +72,15 @@ class Householder(Transition):
         from dsf.chunked import scan_diagonal_low_rank
 
         return scan_diagonal_low_rank(self, B, C, values, state, chunk)
+
+    def triton_gap(self, n_channel: int) -> str:
+        """Real ones of at most 128 states and channels have one."""
+        from dsf.kernel_scans import low_rank_gap
+
+        return low_rank_gap(self, n_channel)
+
+    def scan_triton(self, B: Any, C: Any, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """As a delta rule where B is its own, else as diagonal plus rank 1."""
+        from dsf.kernel_scans import scan_householder
+
+        return scan_householder(self, B, C, values, state)

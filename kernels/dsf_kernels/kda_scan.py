@@ -15,12 +15,13 @@ def kda_scan(
     initial_state: Tensor | None = None,
     *,
     scale: float = 1.0,
+    form: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs, and the last state, of h_t = (I - b k k^T) diag(a) h_{t-1} + b k u, y = scale q h.
 
     k = `key`, u = `value`, b = `write_strength` (batch, time, head), a = exp(`log_decay`) (batch,
-    time, head, state). Shapes, errors and cost as `low_rank_scan`, which runs it with x = -b k and
-    w = k a, rounded to the type of `value`; key has one group a head.
+    time, head, state). Shapes, errors, form and cost as `low_rank_scan`, which runs it
+    with x = -b k, w = k a, rounded to the type of `value`; key has one group a head.
     Source: Kimi Team 2025 (Kimi Linear, delta rule with a decay a channel).
     """
     sizes = dict(zip(("batch", "time", "head"), value.shape, strict=False))
@@ -29,5 +30,5 @@ def kda_scan(
     written = (write_strength[..., None] * key).to(key.dtype)
     right = key if log_decay is None else (key * log_decay.exp()).to(key.dtype)
     return low_rank_scan(
-        query, written, value, -written, right, log_decay, initial_state, scale=scale
+        query, written, value, -written, right, log_decay, initial_state, scale=scale, form=form
     )

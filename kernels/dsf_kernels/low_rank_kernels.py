@@ -13,16 +13,29 @@ def _row(base, t, step, index, stride, inside):
 
 @triton.jit
 def _decay(base, t, step, n, stride, inside, HAS_DECAY: tl.constexpr):
-    a = (n >= 0).to(tl.float32)
+    """exp(l) as a sum of 1, or 0, and what is left: near 1 a rounded decay would lose as many
+    units as there are steps."""
+    one = (n >= 0).to(tl.float32)
+    rest = 0.0 * one
     if HAS_DECAY:
-        a = tl.exp(_row(base, t, step, n, stride, inside))
-    return a
+        log = _row(base, t, step, n, stride, inside)
+        series = 1.0 + log * (1.0 / 5) * (1.0 + log * (1.0 / 6) * (1.0 + log * (1.0 / 7)))
+        series = 1.0 + log * (1.0 / 3) * (1.0 + log * (1.0 / 4) * series)
+        series = log * (1.0 + log * (1.0 / 2) * series)
+        near = tl.abs(log) < 0.25
+        one, rest = tl.where(near, 1.0, 0.0), tl.where(near, series, tl.exp(log))
+    return one, rest
 
 
 @triton.jit
-def _next(h, a, x, w, b, u):
+def _decayed(h, one, rest):
+    return one[:, None] * h + rest[:, None] * h
+
+
+@triton.jit
+def _next(h, one, rest, x, w, b, u):
     read = tl.sum(w[:, None] * h, 0)
-    return a[:, None] * h + x[:, None] * read[None, :] + b[:, None] * u[None, :]
+    return _decayed(h, one, rest) + x[:, None] * read[None, :] + b[:, None] * u[None, :]
 
 
 @triton.jit(do_not_specialize=["length", "n_chunk"])
@@ -58,10 +71,10 @@ def forward_kernel(query, key, value, left, right, decay, initial, out, final, s
         if SAVE:
             tl.store(states + (lane * n_chunk + chunk) * width * channels + cell, h, inside)
         for t in tl.range(chunk * CHUNK, tl.minimum(length, chunk * CHUNK + CHUNK)):
-            a = _decay(decay, t, d_t, n, d_n, here, HAS_DECAY)
+            one, rest = _decay(decay, t, d_t, n, d_n, here, HAS_DECAY)
             x, w = _row(left, t, x_t, n, x_n, here), _row(right, t, w_t, n, w_n, here)
             b, u = _row(key, t, k_t, n, k_n, here), _row(value, t, v_t, p, v_p, across)
-            h = _next(h, a, x, w, b, u)
+            h = _next(h, one, rest, x, w, b, u)
             if not SAVE:
                 y = tl.sum(_row(query, t, q_t, n, q_n, here)[:, None] * h, 0) * scale
                 place = ((batch * length + t) * n_head + head) * channels + p
@@ -114,15 +127,15 @@ def gradient_kernel(query, key, value, left, right, decay, grad, grad_final, sta
         for i in tl.range(0, steps):
             t = first + i
             tl.store(scratch + i * WIDTH * SLAB + tile, h)
-            a = _decay(decay, t, d_t, n, d_n, here, HAS_DECAY)
+            one, rest = _decay(decay, t, d_t, n, d_n, here, HAS_DECAY)
             x, w = _row(left, t, x_t, n, x_n, here), _row(right, t, w_t, n, w_n, here)
             b, u = _row(key, t, k_t, n, k_n, here), _row(value, t, v_t, p, v_p, across)
-            h = _next(h, a, x, w, b, u)
+            h = _next(h, one, rest, x, w, b, u)
         tl.debug_barrier()
         for i in tl.range(0, steps):
             t = first + steps - 1 - i
             before = tl.load(scratch + (steps - 1 - i) * WIDTH * SLAB + tile)
-            a = _decay(decay, t, d_t, n, d_n, here, HAS_DECAY)
+            one, rest = _decay(decay, t, d_t, n, d_n, here, HAS_DECAY)
             x, w = _row(left, t, x_t, n, x_n, here), _row(right, t, w_t, n, w_n, here)
             b, u = _row(key, t, k_t, n, k_n, here), _row(value, t, v_t, p, v_p, across)
             c, dy = _row(query, t, q_t, n, q_n, here), _row(grad, t, g_t, p, g_p, across) * scale
@@ -135,11 +148,11 @@ def gradient_kernel(query, key, value, left, right, decay, grad, grad_final, sta
             tl.store(d_left + place, tl.sum(pull * read[None, :], 1), here)
             tl.store(d_right + place, tl.sum(before * felt[None, :], 1), here)
             if HAS_DECAY:
-                tl.store(d_decay + place, a * tl.sum(pull * before, 1), here)
+                tl.store(d_decay + place, (one + rest) * tl.sum(pull * before, 1), here)
             du = tl.sum(b[:, None] * pull, 0)
             spot = ((batch * length + t) * n_head + head) * channels + p
             tl.store(d_value + spot, du.to(d_value.dtype.element_ty), across)
-            pull = a[:, None] * pull + w[:, None] * felt[None, :]
+            pull = _decayed(pull, one, rest) + w[:, None] * felt[None, :]
             h = before
         tl.debug_barrier()
     tl.store(d_initial + lane * width * channels + cell, pull, inside)

@@ -1,7 +1,8 @@
 """Diagonal plus low rank of rank 1, and the delta rule with a decay a state: matrix state.
 
-Serial: one step after the other with the state in registers, a program a slab of 16 channels, in
-exact float32. Backward the states before each chunk of 32 steps are saved by a second walk, and
+Two forms: by chunks (low_rank_chunk_launch.py), and, in this file, one step after the other with
+the state in registers, a program a slab of 16 channels, in exact float32. Backward the states
+before each chunk of 32 steps are saved by a second walk, and
 
     p_t = scale C_t^T dy_t + A_{t+1}^T p_{t+1},    A^T = diag(a) + w x^T
     dC = scale h dy,  dB = p u,  du = B^T p,  dx = p (w^T h'),  dw = h' (x^T p),  dl = a p . h'
@@ -20,8 +21,11 @@ from dsf_kernels.launch import (
     on_device,
     over_groups,
     power_of_two,
+    refuse_unseen,
     start_state,
 )
+from dsf_kernels.low_rank_chunk_launch import SEEN
+from dsf_kernels.low_rank_chunk_scan import low_rank_chunk_scan
 from dsf_kernels.low_rank_kernels import forward_kernel, gradient_kernel
 from dsf_kernels.operators import operator
 
@@ -130,6 +134,7 @@ def low_rank_scan(
     initial_state: Tensor | None = None,
     *,
     scale: float = 1.0,
+    form: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs, and the last state, of a recurrence with a diagonal plus rank 1 transition.
 
@@ -141,13 +146,27 @@ def low_rank_scan(
     (batch, time, head, channel), log_decay (batch, time, head, state), initial_state (batch,
     head, state, channel); state and channel 1 to 128, time from 0, any strides; bf16, fp16 or
     fp32, one type for all but log_decay and initial_state. Returns outputs like value and the
-    final state in float32. Differentiable in all seven tensors, once. All sums are float32.
-    Raises ValueError (shape, device), TypeError (dtype), NotImplementedError (CPU tensor).
-    Cost: time x 8 N P operations a head, one step after the other; backward three times that,
-    and N P / 32 numbers a token and head in memory.
-    Source: Peng et al. 2025 (RWKV-7, transition of generalised delta rule).
+    final state in float32. Differentiable in all seven tensors, once.
+    form: "serial", one step after the other, all sums in float32; "chunk", by chunks of 16
+    tokens, whose products round their operands to bf16 for bf16 (the solve to tf32) and are exact
+    float32 for the others; None: by chunks for the types that a GPU has shown right so.
+    Raises ValueError (shape, device, form), TypeError (dtype), NotImplementedError (CPU tensor,
+    a type not yet seen right by chunks).
+    Cost: serial, time x 8 N P operations a head, one step after the other, backward three times
+    that, and N P / 32 numbers a token and head in memory; by chunks of c, time x (6 N P + 8 c (N
+    log c + P)), 4 N + 4 c numbers a token and head, backward 8 N + 8 c and 2 N P / c.
+    Source: Peng et al. 2025 (RWKV-7, generalised delta rule), Yang et al. 2024 (DeltaNet, the
+    solve of a chunk).
     """
     check_scale("low_rank_scan", scale)
+    if form not in (None, "chunk", "serial"):
+        raise ValueError(
+            f"dsf_kernels.low_rank_scan: form: expected chunk, serial or None, got {form!r}."
+        )
+    form = form or ("chunk" if value.dtype in SEEN else "serial")
+    if form == "chunk":
+        what = f"by chunks: {', '.join(str(t) for t in SEEN) or 'no type'}; form='serial' runs"
+        refuse_unseen("low_rank_scan", value, value.dtype in SEEN, what)
     names = {"value": value, "query": query, "key": key, "left": left, "right": right}
     check_kind("low_rank_scan", names | {"log_decay": log_decay, "initial_state": initial_state})
     for one, two in ((query, key), (left, right)):
@@ -159,4 +178,5 @@ def low_rank_scan(
     if log_decay is not None:
         expected = sizes | {"state": key.shape[3]}
         check_tensor("low_rank_scan", "log_decay", log_decay, expected, "one a state")
-    return _scan(query, key, value, left, right, log_decay, initial_state, float(scale))
+    scan = low_rank_chunk_scan if form == "chunk" else _scan
+    return scan(query, key, value, left, right, log_decay, initial_state, float(scale))

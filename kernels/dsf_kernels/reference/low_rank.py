@@ -43,3 +43,45 @@ def kda_scan_reference(
     return low_rank_scan_reference(
         query, written, value, -written, right, log_decay, initial_state, scale=scale
     )
+
+
+def low_rank_chunk_reference(
+    query, key, value, left, right, log_decay=None, initial_state=None, *, scale=1.0, chunk=16
+):
+    """The same by chunks, as `low_rank_chunk_launch.py` states it: the algebra of its kernels.
+
+    In float64, for the tests; one group a head. Cost: (chunk, chunk, state) numbers at once.
+    """
+    query, key, value, left, right = (t.double() for t in (query, key, value, left, right))
+    batch, length, head, channel = value.shape
+    state = value.new_zeros(batch, head, key.shape[3], channel)
+    state = state if initial_state is None else initial_state.double()
+    log = torch.zeros_like(key) if log_decay is None else log_decay.double()
+    outputs = []
+    for first in range(0, length, chunk):
+        part = slice(first, first + chunk)
+        q, k, v, x, w, log_part = (
+            t[:, part].transpose(1, 2) for t in (query, key, value, left, right, log)
+        )
+        i = torch.arange(q.shape[2])
+        # D[i, j] = product of a over j < t <= i, summed as logarithms step by step
+        step = (i[None, None, :] > i[None, :, None]) & (i[None, None, :] <= i[:, None, None])
+        upto = i[None, :] <= i[:, None]
+        a = log_part.clamp_min(-1000.0)
+        between = torch.einsum("ijt,bhtn->bhijn", step.double(), a).exp()
+        start = torch.einsum("it,bhtn->bhin", upto.double(), a).exp()
+        before = torch.einsum("it,bhtn->bhin", (i[None, :] < i[:, None]).double(), a).exp()
+        end = torch.einsum("it,bhtn->bhin", (i[None, :] > i[:, None]).double(), a).exp()
+        late = torch.cat([torch.zeros_like(between[:, :, :1]), between[:, :, :-1]], 2)
+        qk = torch.einsum("bhin,bhijn,bhjn->bhij", q, between, k).tril()
+        qx = torch.einsum("bhin,bhijn,bhjn->bhij", q, between, x).tril()
+        wk = torch.einsum("bhin,bhijn,bhjn->bhij", w, late, k).tril(-1)
+        wx = torch.einsum("bhin,bhijn,bhjn->bhij", w, late, x).tril(-1)
+        solve = torch.linalg.inv(torch.eye(len(i), dtype=wx.dtype) - wx)
+        mixed, find = solve @ wk, solve @ (w * before)
+        read = q * start + qx @ find
+        put, write = x * end, k * end + mixed.mT @ (x * end)
+        outputs.append((read @ state + (qk + qx @ mixed) @ v).transpose(1, 2))
+        whole = a.sum(2).exp()[..., None]
+        state = whole * state + put.mT @ (find @ state) + write.mT @ v
+    return scale * torch.cat(outputs, 1) if outputs else value * scale, state
