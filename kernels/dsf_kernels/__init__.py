@@ -6,6 +6,7 @@ Imports torch and triton alone. Every kernel has a float64 loop in `reference/` 
 from dsf_kernels.delta_scan import delta_scan, delta_summary
 from dsf_kernels.diagonal_complex import complex_diagonal_scan
 from dsf_kernels.diagonal_decay_scan import diagonal_decay_scan, diagonal_decay_summary
+from dsf_kernels.diagonal_gates import gated_scan, rglru_scan
 from dsf_kernels.diagonal_scan import diagonal_scan, diagonal_summary
 from dsf_kernels.hierarchical_attention import hierarchical_attention
 from dsf_kernels.hierarchical_stream import hierarchical_stream
@@ -28,6 +29,7 @@ __all__ = [
     "diagonal_decay_summary",
     "diagonal_scan",
     "diagonal_summary",
+    "gated_scan",
     "hierarchical_attention",
     "hierarchical_stream",
     "inline_mix",
@@ -39,6 +41,7 @@ __all__ = [
     "mlstm_scan",
     "monarch_attention",
     "normalised_scan",
+    "rglru_scan",
     "scalar_decay_scan",
     "scalar_decay_summary",
     "selective_scan",

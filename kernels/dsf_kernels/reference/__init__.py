@@ -4,6 +4,7 @@ from dsf_kernels.reference.complex_diagonal import complex_diagonal_scan_referen
 from dsf_kernels.reference.delta import delta_scan_reference, solve_condition
 from dsf_kernels.reference.diagonal import diagonal_scan_reference
 from dsf_kernels.reference.diagonal_decay import diagonal_decay_scan_reference
+from dsf_kernels.reference.diagonal_gates import gated_scan_reference, rglru_scan_reference
 from dsf_kernels.reference.hierarchical import (
     hierarchical_attention_reference,
     hierarchical_stream_reference,
@@ -29,6 +30,7 @@ __all__ = [
     "diagonal_decay_scan_reference",
     "diagonal_scan_reference",
     "error_units",
+    "gated_scan_reference",
     "hierarchical_attention_reference",
     "hierarchical_stream_reference",
     "inline_mix_reference",
@@ -40,6 +42,7 @@ __all__ = [
     "mlstm_scan_reference",
     "monarch_attention_reference",
     "normalised_scan_reference",
+    "rglru_scan_reference",
     "row_units",
     "scalar_decay_scan_reference",
     "selective_scan_reference",
