@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from dsf.chunked.decays import Decays, Parts, between, block_parts, numbers
 from dsf.chunked.layout import from_chunks, rows, to_chunks
 from dsf.shapes import broadcast_shapes
-from dsf.transitions._base import real_dtype
+from dsf.transitions._base import is_traced, real_dtype
 
 BLOCK = 16
 """Chunks whose states are summed by one matrix product."""
@@ -75,11 +75,25 @@ def _carry_block(whole: Parts | None, local: Tensor, state: Tensor) -> tuple[Ten
         weights = torch.tril(pad(decay[..., :-1, :], (0, 0, 1, 0), value=1.0))
         last = numbers(block_parts(whole, n), real_dtype(state.dtype)).mT * state
         added = (decay[..., -1:, 1:] @ x).squeeze(3)
-    before = weights @ torch.cat([h, x], 3)
+    before = _starts(weights, h, x)
     before = (
         before.transpose(2, 3) if by_state else before.squeeze(2).unflatten(3, local.shape[3:])
     )
     return before, last + added.reshape(last.shape)
+
+
+def _starts(weights: Tensor, h: Tensor, x: Tensor) -> Tensor:
+    """weights [h, x]: x may be changed.
+
+    Without gradients h enters through x_1, so that no copy of x is made: its weight in row i is
+    that of x_1 times that in row 1.
+    """
+    if is_traced() or torch.is_grad_enabled() or x.shape[3] < 2:
+        return weights @ torch.cat([h, x], 3)
+    x[..., 0, :] += (weights[..., 1:2, :1] * h).squeeze(-2)
+    before = weights[..., 1:] @ x
+    before[..., 0, :] = h.squeeze(-2)
+    return before
 
 
 def _cut(whole: Parts, start: int, count: int) -> Parts:
