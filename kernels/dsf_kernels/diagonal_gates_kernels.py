@@ -10,16 +10,8 @@ import triton
 import triton.language as tl
 
 from dsf_kernels.combine import along, enter, leave, read, within
+from dsf_kernels.diagonal_kernels import tile_place
 from dsf_kernels.exponentials import LN_2, LOG2_E, LOG2_E_LOW, fast_exp2, fast_reciprocal
-
-
-@triton.jit
-def numbered(ticket, n_tile, n_block):
-    """Tile, batch, and channel block of this program; tiles in time vary slowest."""
-    ticket = tl.atomic_add(ticket, 1, sem="relaxed").to(tl.int64)
-    n_lane = tl.num_programs(0) // n_tile
-    lane = ticket % n_lane
-    return ticket // n_lane, lane // n_block, lane % n_block
 
 
 @triton.jit
@@ -70,7 +62,7 @@ def gated_kernel(inputs, logit, second, rate, reset, initial, states, final, car
                  RESET: tl.constexpr, EXACT: tl.constexpr, FULL: tl.constexpr, T: tl.constexpr,
                  S: tl.constexpr, C: tl.constexpr, V: tl.constexpr):  # fmt: skip
     """Forward: h = a h + w u. The grid is one program a tile."""
-    tile, batch, block = numbered(ticket, n_tile, n_block)
+    tile, batch, block = tile_place(ticket, n_tile, n_block)
     start = tile * T * S
     time = tl.arange(0, S)[None, :, None, None] * T + tl.arange(0, T)[None, None, :, None]
     lane = tl.arange(0, C)[:, None] * V + tl.arange(0, V)[None, :]
@@ -132,7 +124,7 @@ def gated_adjoint_kernel(
 
     sums (batch, tile, channel): of the gradient of `rate` over the steps of a tile.
     """
-    tile, batch, block = numbered(ticket, n_tile, n_block)
+    tile, batch, block = tile_place(ticket, n_tile, n_block)
     start = length - 1 - tile * T * S
     back = tl.arange(0, S)[None, :, None, None] * T + tl.arange(0, T)[None, None, :, None]
     lane = tl.arange(0, C)[:, None] * V + tl.arange(0, V)[None, :]

@@ -11,7 +11,7 @@ always started: no deadlock. The order of every sum is fixed: results repeat bit
 import torch
 from torch import Tensor
 
-from dsf_kernels.diagonal_kernels import adjoint_kernel, scan_kernel, tile_place
+from dsf_kernels.diagonal_kernels import adjoint_kernel, scan_kernel
 from dsf_kernels.launch import check_kind, check_tensor, narrow, on_device
 from dsf_kernels.sequences import Sequences, check_sequences, count_rows, placed, results
 
@@ -21,9 +21,6 @@ FORWARD = {"T": 32, "S": 8, "C": LANES, "num_warps": 8, "maxnreg": 112}
 ADJOINT = {"T": 16, "S": 8, "C": LANES, "num_warps": 8, "maxnreg": 80}
 FORWARD_16 = {"T": 16, "S": 8, "C": LANES, "num_warps": 8, "maxnreg": 112}
 ADJOINT_16 = {"T": 16, "S": 8, "C": LANES, "num_warps": 8, "maxnreg": 128}
-
-
-_place = tile_place  # as other families of one pass call it
 
 
 def _plan(

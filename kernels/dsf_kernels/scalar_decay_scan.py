@@ -35,7 +35,7 @@ from dsf_kernels.operators import operator
 from dsf_kernels.scalar_decay_adjoint import adjoint
 from dsf_kernels.scalar_decay_launch import Decays, every_token, run, settings_of, walk
 from dsf_kernels.scalar_decay_spanning import spanning_gradients
-from dsf_kernels.sequences import Sequences, check_sequences, placed
+from dsf_kernels.sequences import Sequences, check_sequences, count_rows, placed, results
 
 MAX_WIDTH = 256
 PARALLEL, MAX_PARALLEL = (torch.bfloat16,), 128  # where chunks in parallel were checked on a GPU
@@ -46,8 +46,8 @@ def _run(
     scale: float, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     length, n_head, channels = value.shape[1:]
-    rows = _rows(value, cu_seqlens)
-    out = _results(value, cu_seqlens, value.shape)
+    rows = count_rows(value, cu_seqlens)
+    out = results(value, cu_seqlens, value.shape)
     if min(rows, length, n_head, channels) == 0:
         return out, start_state(value[:1].expand(rows, -1, -1, -1), key.shape[3], initial)
     final = value.new_empty((rows, n_head, key.shape[3], channels), dtype=torch.float32)
@@ -60,22 +60,12 @@ def _run(
     return out, final
 
 
-def _rows(value, cu_seqlens):
-    """How many states there are a head: rows of the batch, or sequences of a packed one."""
-    return value.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def _results(value, cu_seqlens, shape):
-    """Where results of the type of `value` go: zeros if tokens may belong to no sequence."""
-    return value.new_empty(shape) if cu_seqlens is None else value.new_zeros(shape)
-
-
 def _sequences(cu_seqlens, length, settings):
     return None if cu_seqlens is None else Sequences(cu_seqlens, length, settings.CHUNK)
 
 
 def _fake(query, key, value, log_decay, initial, scale, cu_seqlens=None):
-    shape = (_rows(value, cu_seqlens), value.shape[2], key.shape[3], value.shape[3])
+    shape = (count_rows(value, cu_seqlens), value.shape[2], key.shape[3], value.shape[3])
     out = value.new_empty(value.shape)
     return out, value.new_empty(shape, dtype=torch.float32)
 
@@ -86,7 +76,7 @@ def _run_adjoint(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, length, n_head, channels = value.shape
-    n_state, n_rows = key.shape[3], _rows(value, cu_seqlens)
+    n_state, n_rows = key.shape[3], count_rows(value, cu_seqlens)
     if min(n_rows, length, n_head, channels) == 0:
         zeros = torch.zeros(query.shape).to(query), torch.zeros(key.shape).to(key)
         rows = length if decay_grad else 0
@@ -128,12 +118,12 @@ def _serial_adjoint(
             query, key, value, decays, initial, grad, grad_final, scale, settings, sequences
         )
     else:
-        grad_query, grad_key = (_results(value, sequences, wide) for _ in range(2))
+        grad_query, grad_key = (results(value, sequences, wide) for _ in range(2))
         flipped, flipped_final = (None if t is None else t.mT for t in (initial, grad_final))
         run(grad, value, key, grad_query, settings, scale, initial=flipped, **options)
         run(value, grad, query, grad_key, settings, scale, initial=flipped_final, reverse=True,
             **options)  # fmt: skip
-    grad_value = _results(value, sequences, value.shape)
+    grad_value = results(value, sequences, value.shape)
     rows = batch if sequences is None else sequences.count
     grad_initial = value.new_empty((rows, n_head, wide[3], channels), dtype=torch.float32)
     run(key, query, grad, grad_value, settings, scale, initial=grad_final, final=grad_initial,
@@ -151,7 +141,7 @@ def _fake_adjoint(
         value.new_empty(value.shape),
         value.new_empty((batch, length if decay_grad else 0, n_head), dtype=torch.float32),
         value.new_empty(
-            (_rows(value, cu_seqlens), n_head, key.shape[3], channels), dtype=torch.float32
+            (count_rows(value, cu_seqlens), n_head, key.shape[3], channels), dtype=torch.float32
         ),
     )
 
