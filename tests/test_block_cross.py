@@ -7,12 +7,12 @@ import functools
 import attention_models
 import pytest
 import torch
+from block_laws import REACHED, close, drawn
 from torch import Tensor
 
 import dsf
 from dsf.tracing import trace
 
-REACHED = 1e-12
 PATHS = {"bart": "decoder.layers.1.encoder_attn", "t5": "decoder.block.0.layer.1.EncDecAttention"}
 KEYS, QUERIES = 13, 6
 
@@ -23,16 +23,6 @@ def read(name: str, padding: str = "left"):
     inputs = attention_models.inputs(name, padding, queries=QUERIES)
     found = trace(model, inputs)[PATHS[name]]
     return model.get_submodule(PATHS[name]), found, found.block()
-
-
-def drawn(shape: torch.Size, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def close(found: Tensor, exact: Tensor) -> bool:
-    gap = (torch.as_tensor(found) - exact).abs().max()
-    return float(gap.detach()) <= REACHED * max(float(exact.detach().abs().max()), 1e-300)
 
 
 def _written(name: str, layer, found, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import functools
 import pytest
 import tiny_models
 import torch
+from block_laws import REACHED, close, drawn
 from torch import Tensor, nn
 from torch.func import jvp, vjp
 from transformers import Lfm2Config, Lfm2Model
@@ -15,19 +16,8 @@ import dsf
 from dsf.tracing import trace
 from dsf.wrappers import core
 
-REACHED = 1e-12
 SINGLE = 1e-5
 LENGTH = 9
-
-
-def drawn(shape: torch.Size | tuple, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def close(found: Tensor, exact: Tensor) -> bool:
-    gap = (torch.as_tensor(found) - exact).abs().max()
-    return float(gap.detach()) <= REACHED * max(float(exact.detach().abs().max()), 1e-300)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from block_laws import REACHED, close, drawn
 from torch import Tensor, nn
 from torch.func import jvp, vjp
 
@@ -24,19 +25,8 @@ from dsf.errors import (
 from dsf.freezing import Frozen
 from dsf.wrappers import core
 
-REACHED = 1e-12
 SINGLE = 1e-5
 LENGTH = 9
-
-
-def drawn(shape: torch.Size | tuple, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def close(found: Tensor | np.ndarray, exact: Tensor) -> bool:
-    gap = (torch.as_tensor(found) - exact).abs().max()
-    return float(gap.detach()) <= REACHED * max(float(exact.detach().abs().max()), 1e-300)
 
 
 @functools.cache

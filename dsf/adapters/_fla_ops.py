@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dsf.adapters._delta_rule import unit
+from dsf.memory import require_memory
 from dsf.models._gated_linear import gated_linear_recurrence
 from dsf.models.based import based_recurrence
 from dsf.models.comba import comba_recurrence
@@ -212,3 +213,25 @@ OPS: dict[str, Callable[[Given], Recurrence]] = {
     **_forms("chunk_rwkv7 fused_mul_recurrent_rwkv7", _rwkv7),
 }  # fmt: skip
 """By the name in a layer's own file; every op has several forms that compute the same."""
+
+
+def maps_by_row(
+    query: Tensor, kept: Tensor | None, weights_of: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """The maps of all batch rows (batch, head, query, key), zero at padding.
+
+    query (batch, time, head, ...); kept (batch, time) tells the real tokens, None for all;
+    weights_of(row, its real tokens) gives one row's map among these.
+    """
+    batch, length, head = query.shape[:3]
+    require_memory(
+        "dsf.trace", "attention map", ("batch", "head", "query", "key"),
+        (batch, head, length, length), query.dtype, device=query.device,
+        advice="Trace a shorter sequence.",
+    )  # fmt: skip
+    weights = query.new_zeros(batch, head, length, length)
+    for row in range(batch):
+        real = torch.arange(length, device=query.device)
+        real = real if kept is None else real[kept[row]]
+        weights[row, :, real[:, None], real] = weights_of(row, real)
+    return weights

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from dsf.adapters._contract import Visit
-from dsf.adapters._fla_ops import Given
+from dsf.adapters._fla_ops import Given, maps_by_row
 from dsf.adapters.flash_linear_attention import FlashLinearAttention, given_mask
 from dsf.factors import ExplicitRows
-from dsf.memory import require_memory
 from dsf.models._cached import cache_recurrence
 from dsf.recurrence import Recurrence
 
@@ -70,19 +69,12 @@ class Moba(FlashLinearAttention):
 
     def recurrence(self, function: str, given: Given) -> tuple[Recurrence, Tensor]:
         """One map after another, on the layer's own time."""
-        query, key, kept = given["q"], given["k"], given["kept"]
-        batch, length, head = query.shape[:3]
-        require_memory(
-            "dsf.trace", "attention map", ("batch", "head", "query", "key"),
-            (batch, head, length, length), query.dtype, device=query.device,
-            advice="Trace a shorter sequence.",
+        query, key = given["q"], given["k"]
+        chunk, chosen = given["chunk_size"], given["topk"] - 1
+        weights = maps_by_row(
+            query, given["kept"], lambda row, real: _map(query[row, real], key[row, real], chunk,
+                                                         chosen)
         )  # fmt: skip
-        weights = query.new_zeros(batch, head, length, length)
-        for row in range(batch):
-            real = torch.arange(length, device=query.device) if kept is None \
-                else kept[row].nonzero()[:, 0]  # fmt: skip
-            own = _map(query[row, real], key[row, real], given["chunk_size"], given["topk"] - 1)
-            weights[row, :, real[:, None], real] = own
         return cache_recurrence(self.system, ExplicitRows(weights)), given["v"]
 
     def returned(self, function: str, y: Tensor, given: Given) -> Tensor:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dsf.adapters._contract import Built, Visit
-from dsf.adapters._fla_ops import Given
+from dsf.adapters._fla_ops import Given, maps_by_row
 from dsf.adapters._tapped import Place
 from dsf.adapters.flash_linear_attention import FlashLinearAttention
 from dsf.errors import DsfUnsupportedError
 from dsf.factors import ExplicitRows
-from dsf.memory import require_memory
 from dsf.models._cached import cache_recurrence
 from dsf.models._heads import share_groups
 from dsf.recurrence import Recurrence
@@ -116,24 +115,14 @@ class NativeSparse(FlashLinearAttention):
 
     def recurrence(self, function: str, given: Given) -> tuple[Recurrence, Tensor]:
         """One map after another, on the layer's own time."""
-        query, kept = given["q"], given["kept"]
-        batch, length, head = query.shape[:3]
-        require_memory(
-            "dsf.trace", "attention map", ("batch", "head", "query", "key"),
-            (batch, head, length, length), query.dtype, device=query.device,
-            advice="Trace a shorter sequence.",
-        )  # fmt: skip
-        weights = query.new_zeros(batch, head, length, length)
-        for row in range(batch):
-            real = torch.arange(length, device=query.device) if kept is None \
-                else kept[row].nonzero()[:, 0]  # fmt: skip
-            own = {
-                n: x[row, real]
-                for n, x in given.items()
-                if n in ("q", "k", "g_cmp", "g_slc", "g_swa", "chosen") and x is not None
-            }
-            weights[row, :, real[:, None], real] = _map({**given, **own})
-        values = share_groups(given["v"], head)
+
+        def own(row: int, real: Tensor) -> Tensor:
+            moved = ("q", "k", "g_cmp", "g_slc", "g_swa", "chosen")
+            cut = {n: x[row, real] for n, x in given.items() if n in moved and x is not None}
+            return _map({**given, **cut})
+
+        weights = maps_by_row(given["q"], given["kept"], own)
+        values = share_groups(given["v"], weights.shape[1])
         return cache_recurrence(self.system, ExplicitRows(weights)), values
 
 

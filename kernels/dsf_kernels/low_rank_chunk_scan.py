@@ -12,7 +12,7 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, left: Tensor, right: Tensor,
     log_decay: Tensor | None, initial: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, final = _fake(query, key, value, left, right, log_decay, initial, scale)
+    out, final = fake(query, key, value, left, right, log_decay, initial, scale)
     if value.numel() == 0:
         return out, start_state(value, key.shape[3], initial)
     with on_device(value):
@@ -21,7 +21,8 @@ def _forward(
     return out, final
 
 
-def _fake(query, key, value, left, right, log_decay, initial, scale):
+def fake(query, key, value, left, right, log_decay, initial, scale):
+    """Outputs and last state without data."""
     out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
     return out, value.new_empty(shape, dtype=torch.float32)
@@ -52,4 +53,4 @@ def _backward(ctx, grad, grad_final):
             None if initial is None else grad_initial.to(initial.dtype), None)  # fmt: skip
 
 
-low_rank_chunk_scan = operator("low_rank_chunk_scan", _forward, _fake, _backward)
+low_rank_chunk_scan = operator("low_rank_chunk_scan", _forward, fake, _backward)

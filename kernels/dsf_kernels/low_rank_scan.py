@@ -25,7 +25,7 @@ from dsf_kernels.launch import (
     start_state,
 )
 from dsf_kernels.low_rank_chunk_launch import SEEN
-from dsf_kernels.low_rank_chunk_scan import low_rank_chunk_scan
+from dsf_kernels.low_rank_chunk_scan import fake, low_rank_chunk_scan
 from dsf_kernels.low_rank_kernels import forward_kernel, gradient_kernel
 from dsf_kernels.operators import operator
 
@@ -64,19 +64,13 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, left: Tensor, right: Tensor,
     log_decay: Tensor | None, initial: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, final = _fake(query, key, value, left, right, log_decay, initial, scale)
+    out, final = fake(query, key, value, left, right, log_decay, initial, scale)
     if value.numel() == 0:
         return out, start_state(value, key.shape[3], initial)
     with on_device(value):
         tensors = query, key, value, left, right
         _walk(tensors, log_decay, initial, scale, out, final, None)
     return out, final
-
-
-def _fake(query, key, value, left, right, log_decay, initial, scale):
-    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
-    return out, value.new_empty(shape, dtype=torch.float32)
 
 
 def _backward(ctx, grad, grad_final):
@@ -121,7 +115,7 @@ def _backward(ctx, grad, grad_final):
             None if initial is None else d_initial.to(initial.dtype), None)  # fmt: skip
 
 
-_scan = operator("low_rank_scan", _forward, _fake, _backward)
+_scan = operator("low_rank_scan", _forward, fake, _backward)
 
 
 def low_rank_scan(
