@@ -289,12 +289,17 @@ def test_the_closed_form_is_the_loop():
         torch.testing.assert_close(ours, theirs, rtol=CLOSE, atol=CLOSE)
 
 
+ONE_HEAD = pytest.mark.xfail(reason="gradients of one head's gates: 86 to 343 units on an H200")
+
+
 @kernel_laws.on_gpu
 @pytest.mark.parametrize(
-    ("length", "head"), [(20_000, 16), (20_000, 24), (131_071, 16), (131_071, 24), (1_048_576, 8)]
+    ("length", "head"),
+    [(20_000, 16), (20_000, 24), (131_071, 16), (131_071, 24), (1_048_576, 8)]
+    + [pytest.param(n, 1, marks=ONE_HEAD) for n in (20_000, 131_071, 1_048_576)],
 )
 def test_gpu_error_does_not_grow_with_the_length(length, head):
-    """Up to 16 heads cut in time, more of them walked; with fewer a gate's row has no size."""
+    """Up to 16 heads cut in time, more of them walked; with one a gate's row is one number."""
     from dsf_kernels.reference import row_units
 
     arguments = moved(tensors(length, head=head), "cuda")
