@@ -28,7 +28,6 @@ Scan = Callable[..., tuple[Tensor, Tensor]]
 
 def on_gpu(test: Callable) -> Callable:
     """Mark a test that needs a CUDA device, and skip it where there is none."""
-    os.environ["DSF_KERNELS_UNSEEN"] = "1"  # tests are where it is to be seen
     missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
     return pytest.mark.gpu(missing(test))
 

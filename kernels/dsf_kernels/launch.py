@@ -94,16 +94,6 @@ def check_type(function: str, like: str, tensors: dict[str, Tensor | None]) -> N
             )
 
 
-def refuse_unseen(function: str, tensor: Tensor, seen: bool, what: str) -> None:
-    """Raise on a GPU for what was not yet seen right on one; `what` says what was."""
-    if tensor.is_cuda and not seen and not os.environ.get("DSF_KERNELS_UNSEEN"):
-        raise NotImplementedError(
-            f"dsf_kernels.{function}: {tensor.dtype} of shape {tuple(tensor.shape)} was not yet "
-            f"seen right on a GPU ({what}). Use the torch path of dsf.scan, or set "
-            "DSF_KERNELS_UNSEEN=1 to run the kernel all the same."
-        )
-
-
 def refuse_miscompiled(function: str, tensor: Tensor, affected: bool) -> None:
     """Raise on a GPU for what ptxas before 12.9 was seen to miscompile, where that is in use."""
     if tensor.is_cuda and affected and not compiler.sound():

@@ -32,8 +32,6 @@ from dsf_kernels.low_rank_chunk_gradients import chunk_gradient_kernel, pair_gra
 from dsf_kernels.low_rank_chunk_pairs import prepare_kernel
 from dsf_kernels.low_rank_chunk_walk import walk_kernel
 
-SEEN = frozenset({torch.float32, torch.bfloat16, torch.float16})
-"""Types that a GPU has shown right by chunks; the others take the serial form of themselves."""
 CHUNK = {False: 16, True: 16}
 """Tokens of a chunk, by the exactness of products; so are the tiles of each kernel.
 

@@ -21,10 +21,8 @@ from dsf_kernels.launch import (
     on_device,
     over_groups,
     power_of_two,
-    refuse_unseen,
     start_state,
 )
-from dsf_kernels.low_rank_chunk_launch import SEEN
 from dsf_kernels.low_rank_chunk_scan import fake, low_rank_chunk_scan
 from dsf_kernels.low_rank_kernels import forward_kernel, gradient_kernel
 from dsf_kernels.operators import operator
@@ -141,11 +139,10 @@ def low_rank_scan(
     head, state, channel); state and channel 1 to 128, time from 0, any strides; bf16, fp16 or
     fp32, one type for all but log_decay and initial_state. Returns outputs like value and the
     final state in float32. Differentiable in all seven tensors, once.
-    form: "serial", one step after the other, all sums in float32; "chunk", by chunks of 16
-    tokens, whose products round their operands to bf16 for bf16 (the solve to tf32) and are exact
-    float32 for the others; None: by chunks for the types that a GPU has shown right so.
-    Raises ValueError (shape, device, form), TypeError (dtype), NotImplementedError (CPU tensor,
-    a type not yet seen right by chunks).
+    form: "serial", one step after the other, all sums in float32; None or "chunk", by chunks of
+    16 tokens, whose products round their operands to bf16 for bf16 (the solve to tf32) and are
+    exact float32 for the others.
+    Raises ValueError (shape, device, form), TypeError (dtype), NotImplementedError (CPU tensor).
     Cost: serial, time x 8 N P operations a head, one step after the other, backward three times
     that, and N P / 32 numbers a token and head in memory; by chunks of c, time x (6 N P + 8 c (N
     log c + P)), 4 N + 4 c numbers a token and head, backward 8 N + 8 c and 2 N P / c.
@@ -157,10 +154,6 @@ def low_rank_scan(
         raise ValueError(
             f"dsf_kernels.low_rank_scan: form: expected chunk, serial or None, got {form!r}."
         )
-    form = form or ("chunk" if value.dtype in SEEN else "serial")
-    if form == "chunk":
-        what = f"by chunks: {', '.join(str(t) for t in SEEN) or 'no type'}; form='serial' runs"
-        refuse_unseen("low_rank_scan", value, value.dtype in SEEN, what)
     names = {"value": value, "query": query, "key": key, "left": left, "right": right}
     check_kind("low_rank_scan", names | {"log_decay": log_decay, "initial_state": initial_state})
     for one, two in ((query, key), (left, right)):
@@ -172,5 +165,5 @@ def low_rank_scan(
     if log_decay is not None:
         expected = sizes | {"state": key.shape[3]}
         check_tensor("low_rank_scan", "log_decay", log_decay, expected, "one a state")
-    scan = low_rank_chunk_scan if form == "chunk" else _scan
+    scan = _scan if form == "serial" else low_rank_chunk_scan
     return scan(query, key, value, left, right, log_decay, initial_state, float(scale))
