@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any, ClassVar
 
@@ -29,7 +30,7 @@ class Path:
     auto: str = ""
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, abc.ABC):
     """W_out norm(scan of W_in x): subclasses say which columns W_in has and which scan it is."""
 
     kernel_name: ClassVar[str]
@@ -63,9 +64,9 @@ class Mixer(nn.Module):
         """Arguments of the kernel that are not tensors."""
         return {}
 
+    @abc.abstractmethod
     def run_torch(self, **arguments: Any) -> Tensor:
         """The same by the torch path of dsf."""
-        raise NotImplementedError
 
     def scan(self, system: System, values: Tensor) -> Tensor:
         """The system on its values in torch."""
